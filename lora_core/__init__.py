@@ -1,0 +1,47 @@
+"""LoRA and DoRA adapters on one base model: injection, routing per row, PEFT's names and files."""
+
+from lora_core.checkpoint import load_adapter, parse_adapter, save_adapter
+from lora_core.config import LoraConfig
+from lora_core.errors import (
+    AdapterNotFoundError,
+    CheckpointError,
+    ConfigError,
+    LoraError,
+    TargetError,
+    UnsupportedError,
+)
+from lora_core.layer import LoraLinear
+from lora_core.model import LoraModel, attach_slots, fold_adapter, wrap_linears
+from lora_core.ops import apply_lora
+from lora_core.routing import Key, Route, Router, Run
+from lora_core.slots import LayerSlots, SlotBank
+from lora_core.targets import resolve_targets
+from lora_core.weights import AdapterWeights, LoraTensors
+
+__all__ = [
+    "AdapterNotFoundError",
+    "AdapterWeights",
+    "CheckpointError",
+    "ConfigError",
+    "Key",
+    "LayerSlots",
+    "LoraConfig",
+    "LoraError",
+    "LoraLinear",
+    "LoraModel",
+    "LoraTensors",
+    "Route",
+    "Router",
+    "Run",
+    "SlotBank",
+    "TargetError",
+    "UnsupportedError",
+    "apply_lora",
+    "attach_slots",
+    "fold_adapter",
+    "load_adapter",
+    "parse_adapter",
+    "resolve_targets",
+    "save_adapter",
+    "wrap_linears",
+]

@@ -1,0 +1,161 @@
+"""PEFT adapter folders: `adapter_config.json` beside `adapter_model.safetensors`.
+
+Keys on disk are `base_model.model.<module>.<part>`; the adapter's name is not in them. Every tensor of a file is
+used or the file is refused: nothing is skipped.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from lora_core.config import CONFIG_NAME, LoraConfig
+from lora_core.errors import CheckpointError, TargetError, UnsupportedError
+from lora_core.safetensors_header import TensorInfo, read_header
+from lora_core.targets import match_targets
+from lora_core.weights import AdapterWeights, LoraTensors
+
+__all__ = [
+    "WEIGHTS_NAME",
+    "check_tensors",
+    "load_adapter",
+    "non_finite_tensor",
+    "parse_adapter",
+    "save_adapter",
+]
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+KEY_PREFIX = "base_model.model."
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+# How the end of a key names a part of LoraTensors. PEFT before 0.12 wrote the magnitude with `.weight`.
+PARTS = {
+    ".lora_A.weight": "lora_A",
+    ".lora_B.weight": "lora_B",
+    ".lora_B.bias": "bias",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+}
+
+
+def load_adapter(folder: str | Path) -> AdapterWeights:
+    """Read a PEFT adapter folder.
+
+    Raises:
+        CheckpointError: a file is missing or malformed, or tensors and configuration disagree.
+        ConfigError, UnsupportedError: from the configuration; a pickle file is refused too.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG_NAME).is_file():
+        raise CheckpointError(f"Can't find '{CONFIG_NAME}' at '{folder}'")
+    if not (folder / WEIGHTS_NAME).is_file():
+        if (folder / PICKLE_NAME).exists():
+            raise UnsupportedError(
+                f"'{PICKLE_NAME}' is a pickle file, which can run code; save the adapter with "
+                "`safe_serialization=True` to get a safetensors file",
+                code="adapter_pickle",
+            )
+        raise CheckpointError(f"Can't find weights for '{folder}': there is no {WEIGHTS_NAME}")
+    return parse_adapter((folder / CONFIG_NAME).read_bytes(), (folder / WEIGHTS_NAME).read_bytes())
+
+
+def parse_adapter(config_json: bytes, weights: bytes) -> AdapterWeights:
+    """Build an adapter from the contents of its two files; errors as in `load_adapter`."""
+    config = LoraConfig.from_json(config_json)
+    header = read_header(memoryview(weights), len(weights))
+    check_tensors(config, header)
+    try:
+        tensors = load(weights)
+    except SafetensorError as error:
+        raise CheckpointError(f"the safetensors file cannot be read: {error}") from None
+    return AdapterWeights(config, _by_module(tensors))
+
+
+def save_adapter(adapter: AdapterWeights, folder: str | Path) -> None:
+    """Write a PEFT adapter folder, creating it; tensors keep their dtype."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for name, part in adapter.modules.items():
+        for suffix, attribute in PARTS.items():
+            tensor = getattr(part, attribute)
+            if tensor is not None and not suffix.endswith("vector.weight"):
+                tensors[KEY_PREFIX + name + suffix] = tensor.detach().cpu().contiguous()
+    (folder / WEIGHTS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
+    adapter.config.save(folder)
+
+
+def check_tensors(config: LoraConfig, header: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """Check the names, shapes and dtypes of a file's tensors against its own configuration.
+
+    Returns:
+        The rank of every module, by its dotted name in the base model.
+
+    Raises:
+        CheckpointError: a part is missing, or has the wrong dtype or shape.
+        UnsupportedError: a tensor belongs to a feature that is not supported.
+        TargetError: a module's rank is not that of the configuration.
+    """
+    modules: dict[str, dict[str, TensorInfo]] = {}
+    for info in header.values():
+        module, part = _split_key(info.name)
+        if info.dtype not in FLOATS:
+            raise CheckpointError(f"tensor {info.name!r} has dtype {info.dtype}; adapters hold floats")
+        if part in modules.setdefault(module, {}):
+            raise CheckpointError(f"module {module!r} has its {part} twice")
+        modules[module][part] = info
+    targets = match_targets(config, modules)
+    for target in targets:
+        _check_module(config, target.name, target.r, modules[target.name])
+    return {target.name: target.r for target in targets}
+
+
+def _split_key(key: str) -> tuple[str, str]:
+    if not key.startswith(KEY_PREFIX):
+        raise CheckpointError(f"tensor {key[:200]!a} does not start with '{KEY_PREFIX}': not saved by PEFT")
+    for suffix, part in PARTS.items():
+        if key.endswith(suffix) and len(key) > len(KEY_PREFIX) + len(suffix):
+            return key[len(KEY_PREFIX) : -len(suffix)], part
+    raise UnsupportedError(f"tensor {key[:200]!a} belongs to a feature that is not supported")
+
+
+def _check_module(config: LoraConfig, name: str, r: int, parts: Mapping[str, TensorInfo]) -> None:
+    missing = {"lora_A", "lora_B"} - set(parts)
+    if missing:
+        raise CheckpointError(f"module {name!r} lacks {' and '.join(sorted(missing))}")
+    for part, wanted, field in (
+        ("magnitude", config.use_dora, "use_dora"),
+        ("bias", config.lora_bias, "lora_bias"),
+    ):
+        if (part in parts) != wanted:
+            raise CheckpointError(
+                f"module {name!r}: `{field}` is {wanted}, but its {part} is {'there' if part in parts else 'missing'}"
+            )
+    if any(len(parts[part].shape) != 2 for part in ("lora_A", "lora_B")):
+        raise CheckpointError(f"module {name!r}: lora_A and lora_B must be matrices")
+    a, b = parts["lora_A"].shape, parts["lora_B"].shape
+    if a[0] != r or b[1] != r:
+        raise TargetError(f"module {name!r}: the configuration says rank {r}, the tensors are {list(a)} and {list(b)}")
+    for part in ("bias", "magnitude"):
+        if part in parts and parts[part].shape != (b[0],):
+            raise CheckpointError(f"module {name!r}: its {part} has shape {list(parts[part].shape)}, not [{b[0]}]")
+
+
+def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, LoraTensors]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        module, part = _split_key(key)
+        parts.setdefault(module, {})[part] = tensor
+    return {name: LoraTensors(**part) for name, part in parts.items()}
+
+
+def non_finite_tensor(adapter: AdapterWeights) -> str | None:
+    """Name of the first module with a NaN or infinite value in it, or None."""
+    for name, module in adapter.modules.items():
+        if not all(bool(torch.isfinite(t).all()) for t in module.tensors()):
+            return name
+    return None

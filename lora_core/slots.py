@@ -1,0 +1,194 @@
+"""Slots: where folded adapters live while they serve.
+
+Each layer keeps all of its resident adapters in one pair of arenas, rank rows after rank rows, so that any set of
+them is one slice of memory and an adapter of rank 8 takes an eighth of the rows of one of rank 64:
+
+    rows  0          8              24   28
+          |--slot 0--|----slot 2----|free|--slot 1-- …        a [rows, I]   b [rows, O]
+
+Loading writes rows that no route uses yet and then replaces the layer's `layout`, so it may run beside a forward
+pass. Freeing and loading are serialised by the bank's lock; whoever frees a slot has made sure that no route uses it.
+"""
+
+import threading
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_core.errors import AdapterNotFoundError
+from lora_core.maths import Folded
+
+__all__ = ["Extent", "LayerSlots", "Layout", "SlotBank"]
+
+ROW_QUANTUM = 16
+
+
+class Extent(NamedTuple):
+    """Arena rows [start, start + rank) of one slot, and whether its adapter has a gain (DoRA) or a bias here."""
+
+    start: int
+    rank: int
+    has_gain: bool = False
+    has_bias: bool = False
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.rank
+
+
+class Layout:
+    """Which slot owns which rows of a layer's arenas: immutable, and compared by identity, which makes it a cheap key.
+
+    A bank keeps one object for all layers whose extents are equal.
+    """
+
+    def __init__(self, extents: Mapping[int, Extent]) -> None:
+        self.extents = dict(extents)
+
+    def get(self, slot: object) -> Extent | None:
+        return self.extents.get(slot)  # type: ignore[call-overload]
+
+    def find_gap(self, rank: int) -> int:
+        """First row of the first free stretch of `rank` rows; the last stretch is endless."""
+        position = 0
+        for extent in sorted(self.extents.values()):
+            if extent.start - position >= rank:
+                break
+            position = extent.stop
+        return position
+
+
+class LayerSlots:
+    """The resident adapters of one linear layer.
+
+    Attributes:
+        a: [rows, I] arena.
+        b: [rows, O] arena, scaled and transposed as in `Folded`.
+        gain: [slots, O] DoRA gain minus one; None until a DoRA adapter was loaded.
+        bias: [slots, O]; None until an adapter with a bias was loaded.
+        layout: owner of each row.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, max_slots: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.max_slots = max_slots
+        self.out_features = out_features
+        self.a = torch.zeros(0, in_features, dtype=dtype, device=device)
+        self.b = torch.zeros(0, out_features, dtype=dtype, device=device)
+        self.gain: Tensor | None = None
+        self.bias: Tensor | None = None
+        self.layout = Layout({})
+
+    def folded(self, slot: object) -> Folded | None:
+        """Views of one slot's rows, or None if the slot's adapter does not touch this layer."""
+        extent = self.layout.get(slot)
+        if extent is None or not isinstance(slot, int):
+            return None
+        rows = slice(extent.start, extent.stop)
+        gain = self.gain[slot] if extent.has_gain and self.gain is not None else None
+        bias = self.bias[slot] if extent.has_bias and self.bias is not None else None
+        return Folded(self.a[rows], self.b[rows], gain, bias)
+
+    def write(self, slot: int, folded: Folded) -> Extent:
+        """Copy an adapter's arrays into free rows; they count once the layout says so."""
+        start = self.layout.find_gap(folded.rank)
+        extent = Extent(start, folded.rank, folded.gain is not None, folded.bias is not None)
+        if extent.stop > self.a.shape[0]:
+            self._grow(max(extent.stop, 2 * self.a.shape[0]))
+        self.a[extent.start : extent.stop].copy_(folded.a)
+        self.b[extent.start : extent.stop].copy_(folded.b)
+        self.gain = self._write_vector(self.gain, slot, folded.gain)
+        self.bias = self._write_vector(self.bias, slot, folded.bias)
+        return extent
+
+    def _grow(self, rows: int) -> None:
+        rows = -(-rows // ROW_QUANTUM) * ROW_QUANTUM
+        for name in ("a", "b"):
+            old: Tensor = getattr(self, name)
+            new = old.new_zeros(rows, old.shape[1])
+            new[: old.shape[0]].copy_(old)
+            setattr(self, name, new)
+
+    def _write_vector(self, table: Tensor | None, slot: int, value: Tensor | None) -> Tensor | None:
+        if value is None:
+            return table
+        if table is None:
+            table = self.b.new_zeros(self.max_slots, self.out_features)
+        table[slot].copy_(value)
+        return table
+
+
+class SlotBank:
+    """All layers' slots: adapters are loaded and freed in all of them at once.
+
+    Args:
+        layers: the slots of each layer, by the layer's dotted name.
+    """
+
+    def __init__(self, layers: Mapping[str, LayerSlots], max_slots: int) -> None:
+        self.layers = layers
+        self.max_slots = max_slots
+        self._lock = threading.Lock()
+        self._layouts: dict[tuple[tuple[int, Extent], ...], Layout] = {}
+        self._loaded: dict[int, tuple[str, ...]] = {}
+        for layer in layers.values():
+            layer.layout = self._layout(layer.layout.extents)
+
+    @property
+    def loaded_slots(self) -> frozenset[int]:
+        return frozenset(self._loaded)
+
+    def load(self, slot: int, modules: Mapping[str, Folded]) -> None:
+        """Put an adapter into an empty slot.
+
+        Args:
+            modules: its folded arrays by layer name; each name must be one of `layers`.
+
+        Raises:
+            ValueError: the slot is taken or out of range.
+        """
+        with self._lock:
+            if slot in self._loaded or not 0 <= slot < self.max_slots:
+                raise ValueError(f"slot {slot} is taken or out of range")
+            extents = {name: self.layers[name].write(slot, folded) for name, folded in modules.items()}
+            for name, extent in extents.items():
+                self.layers[name].layout = self._layout(self.layers[name].layout.extents | {slot: extent})
+            self._loaded[slot] = tuple(modules)
+            self._forget_unused_layouts()
+
+    def free(self, slot: int) -> None:
+        """Empty a slot; its rows can be written again at once.
+
+        Raises:
+            AdapterNotFoundError: the slot is empty.
+        """
+        with self._lock:
+            if slot not in self._loaded:
+                raise AdapterNotFoundError(f"slot {slot} is empty")
+            for name in self._loaded.pop(slot):
+                extents = self.layers[name].layout.extents
+                self.layers[name].layout = self._layout({s: e for s, e in extents.items() if s != slot})
+            self._forget_unused_layouts()
+
+    def check_integrity(self) -> None:
+        """Assert that extents are disjoint, inside their arenas, and belong to loaded slots."""
+        for name, layer in self.layers.items():
+            end = 0
+            for slot, extent in sorted(layer.layout.extents.items(), key=lambda item: item[1]):
+                assert extent.start >= end, f"{name}: slots overlap"
+                assert name in self._loaded[slot], f"{name}: slot {slot} is not loaded"
+                end = extent.stop
+            assert end <= layer.a.shape[0], f"{name}: rows outside the arena"
+
+    def _layout(self, extents: Mapping[int, Extent]) -> Layout:
+        key = tuple(sorted(extents.items()))
+        if key not in self._layouts:
+            self._layouts[key] = Layout(extents)
+        return self._layouts[key]
+
+    def _forget_unused_layouts(self) -> None:
+        used = {layer.layout for layer in self.layers.values()}
+        self._layouts = {key: layout for key, layout in self._layouts.items() if layout in used}

@@ -1,0 +1,52 @@
+"""The tensors of one adapter as its file holds them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lora_core.config import LoraConfig
+
+__all__ = ["AdapterWeights", "LoraTensors"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraTensors:
+    """One linear module's part of an adapter.
+
+    Attributes:
+        lora_A: [R, I].
+        lora_B: [O, R].
+        bias: [O] or None; `lora_B.bias`, before scaling.
+        magnitude: [O] or None; DoRA's `lora_magnitude_vector`.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.lora_A, self.lora_B, self.bias, self.magnitude) if t is not None]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "LoraTensors":
+        """The same parts with `change` applied to every tensor."""
+        bias = None if self.bias is None else change(self.bias)
+        magnitude = None if self.magnitude is None else change(self.magnitude)
+        return LoraTensors(change(self.lora_A), change(self.lora_B), bias, magnitude)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterWeights:
+    """A whole adapter: its configuration, and its tensors by the module's dotted name in the base model."""
+
+    config: LoraConfig
+    modules: Mapping[str, LoraTensors]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for m in self.modules.values() for t in m.tensors())

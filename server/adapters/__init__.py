@@ -1,0 +1,1 @@
+"""Adapters on disk, in host memory and in slots."""

@@ -1,0 +1,132 @@
+"""From an adapter's two files to arrays in a slot: checking, folding, and the bridge to the engine's slots."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lora_core import (
+    AdapterWeights,
+    LoraError,
+    LoraLinear,
+    SlotBank,
+    TargetError,
+    fold_adapter,
+    parse_adapter,
+    resolve_targets,
+)
+from lora_core.checkpoint import non_finite_tensor
+from lora_core.maths import Folded
+from server.adapters.registry import HostAdapter
+from server.errors import InvalidAdapterError
+
+__all__ = ["AdapterLoader", "BankSlots", "FoldedAdapter"]
+
+
+@dataclass(frozen=True, slots=True)
+class FoldedAdapter:
+    """An adapter folded for the served model (`HostAdapter`): arrays by layer name."""
+
+    modules: Mapping[str, Folded]
+    num_bytes: int
+
+
+class AdapterLoader:
+    """Checks and folds adapters for one model.
+
+    Args:
+        model: the served model, with its linear layers wrapped.
+        layers: these layers by name.
+        dtype: of the folded arrays, the model's own.
+        max_rank: highest rank that is accepted.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, LoraLinear], *, dtype: torch.dtype, max_rank: int
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._dtype = dtype
+        self._max_rank = max_rank
+
+    def fold(self, config_json: bytes, weights: bytes) -> FoldedAdapter:
+        """Make an adapter ready for a slot.
+
+        Raises:
+            InvalidAdapterError: it is malformed or does not fit the model.
+        """
+        return self._fold(self._parse(config_json, weights))
+
+    def check(self, config_json: bytes, weights: bytes) -> dict[str, object]:
+        """Check an upload by all that serving it takes, folding included.
+
+        Returns:
+            What to tell about it: rank, kind, targets.
+
+        Raises:
+            InvalidAdapterError: naming the first thing that is wrong.
+        """
+        adapter = self._parse(config_json, weights)
+        bad = non_finite_tensor(adapter)
+        if bad is not None:
+            raise InvalidAdapterError(f"module {bad!r} holds NaN or infinite values", code="adapter_not_finite")
+        rank = max(part.rank for part in adapter.modules.values())
+        if rank > self._max_rank:
+            raise InvalidAdapterError(
+                f"the adapter has rank {rank}, at most {self._max_rank} is allowed", code="adapter_rank_too_large"
+            )
+        try:
+            targets = {target.name for target in resolve_targets(adapter.config, self._model)}
+            if targets != set(adapter.modules):
+                raise TargetError(_disagreement(targets, set(adapter.modules)))
+        except LoraError as error:
+            raise InvalidAdapterError(str(error), code=error.code) from error
+        self._fold(adapter)
+        return {
+            "type": "dora" if adapter.config.use_dora else "lora",
+            "rank": rank,
+            "rslora": adapter.config.use_rslora,
+            "num_modules": len(adapter.modules),
+            "targets": sorted({name.rpartition(".")[2] for name in adapter.modules}),
+        }
+
+    @staticmethod
+    def _parse(config_json: bytes, weights: bytes) -> AdapterWeights:
+        try:
+            return parse_adapter(config_json, weights)
+        except LoraError as error:
+            raise InvalidAdapterError(str(error), code=error.code) from error
+
+    def _fold(self, adapter: AdapterWeights) -> FoldedAdapter:
+        try:
+            modules = fold_adapter(adapter, self._layers, dtype=self._dtype)
+        except LoraError as error:
+            raise InvalidAdapterError(str(error), code=error.code) from error
+        num_bytes = sum(t.numel() * t.element_size() for folded in modules.values() for t in folded.tensors())
+        return FoldedAdapter(modules, num_bytes)
+
+
+def _disagreement(targets: set[str], in_file: set[str]) -> str:
+    missing, extra = sorted(targets - in_file), sorted(in_file - targets)
+    if extra:
+        return f"the file has tensors for {extra[0]!r} ({len(extra)} such modules), which is not targeted"
+    return f"the configuration targets {missing[0]!r} ({len(missing)} such modules), for which the file has no tensors"
+
+
+class BankSlots:
+    """The engine's slot bank as the registry sees it (`SlotStore`)."""
+
+    def __init__(self, bank: SlotBank) -> None:
+        self._bank = bank
+
+    @property
+    def max_slots(self) -> int:
+        return self._bank.max_slots
+
+    def load(self, slot: int, adapter: HostAdapter) -> None:
+        assert isinstance(adapter, FoldedAdapter)
+        self._bank.load(slot, adapter.modules)
+
+    def free(self, slot: int) -> None:
+        self._bank.free(slot)

@@ -1,0 +1,1 @@
+"""HTTP: routes, envelopes and middleware. No tensors here."""

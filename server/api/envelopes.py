@@ -1,0 +1,139 @@
+"""How an error looks on the wire: the one place where a kind of error gets a status.
+
+Three families of routes, told by their path: TGI's and LoRAX's (`/generate` and its like), OpenAI's (`/v1/…`) and our
+own (`/admin/…`), which share OpenAI's shape. Every body has a stable `code` and TGI's `error_type` word, which several
+clients pick their exception by.
+"""
+
+import json
+import logging
+from enum import Enum
+from typing import Any, NamedTuple
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from server.errors import InvalidRequestError, NotFoundError, ServerError
+
+__all__ = ["Family", "error_body", "error_response", "family_of", "install_error_handlers"]
+
+logger = logging.getLogger(__name__)
+
+
+class Family(Enum):
+    """A group of routes whose clients expect the same shapes."""
+
+    TGI = "tgi"
+    OPENAI = "openai"
+    ADMIN = "admin"
+
+
+class _Shape(NamedTuple):
+    """Status in each family, and the words of TGI and OpenAI for a kind of error."""
+
+    tgi: int
+    openai: int
+    admin: int
+    tgi_type: str
+    openai_type: str
+
+
+SHAPES: dict[str, _Shape] = {
+    "validation": _Shape(422, 400, 422, "validation", "invalid_request_error"),
+    "malformed": _Shape(422, 400, 400, "validation", "invalid_request_error"),
+    "unprocessable": _Shape(422, 400, 422, "validation", "invalid_request_error"),
+    "not_found": _Shape(404, 404, 404, "not_found", "invalid_request_error"),
+    "method": _Shape(405, 405, 405, "validation", "invalid_request_error"),
+    "conflict": _Shape(409, 409, 409, "conflict", "invalid_request_error"),
+    "too_large": _Shape(413, 413, 413, "validation", "invalid_request_error"),
+    "overloaded": _Shape(429, 429, 429, "overloaded", "rate_limit_error"),
+    "unavailable": _Shape(503, 503, 503, "unavailable", "server_error"),
+    "storage_full": _Shape(507, 507, 507, "unavailable", "server_error"),
+    "generation": _Shape(424, 500, 500, "generation", "server_error"),
+    "internal": _Shape(500, 500, 500, "incomplete_generation", "server_error"),
+}
+
+
+def family_of(path: str) -> Family:
+    """Which family a path belongs to."""
+    if path.startswith("/v1/") or path == "/v1":
+        return Family.OPENAI
+    return Family.ADMIN if path.startswith("/admin") else Family.TGI
+
+
+def error_body(error: ServerError, family: Family) -> dict[str, Any]:
+    """The JSON body of an error."""
+    shape = SHAPES[error.kind]
+    if family is Family.TGI:
+        return {"error": error.message, "error_type": shape.tgi_type, "code": error.code, "param": error.param}
+    inner = {"message": error.message, "type": shape.openai_type, "param": error.param, "code": error.code}
+    return {"error": inner, "error_type": shape.tgi_type}
+
+
+def error_response(error: ServerError, family: Family) -> Response:
+    """The whole answer for an error: status, headers and body."""
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    status = getattr(SHAPES[error.kind], family.value)
+    return Response(dump(error_body(error, family)), status, headers, media_type="application/json")
+
+
+def dump(body: Any) -> str:
+    """JSON on one line, all ASCII: clients that split streams at any line separator stay whole."""
+    return json.dumps(body, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Make every failure of a route come out in its family's shape."""
+
+    async def on_server_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ServerError)
+        return error_response(error, family_of(request.url.path))
+
+    async def on_validation_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return error_response(_from_validation(error), family_of(request.url.path))
+
+    async def on_http_exception(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return error_response(_from_http(request, error), family_of(request.url.path))
+
+    async def on_crash(request: Request, error: Exception) -> Response:
+        logger.error("a request to %s failed", request.url.path, exc_info=error)
+        return error_response(ServerError("internal error"), family_of(request.url.path))
+
+    app.add_exception_handler(ServerError, on_server_error)
+    app.add_exception_handler(RequestValidationError, on_validation_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(Exception, on_crash)
+
+
+def _from_validation(error: RequestValidationError) -> ServerError:
+    """The first fault, by the name of its field. The input itself is not echoed."""
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"][1:]]
+    if first["type"] == "json_invalid":
+        return _malformed_json()
+    field = ".".join(location)
+    message = f"`{field}`: {first['msg']}" if field else str(first["msg"])
+    return InvalidRequestError(message.encode("ascii", "backslashreplace").decode(), param=field or None)
+
+
+def _malformed_json() -> ServerError:
+    error = InvalidRequestError("the body is not valid JSON", code="json_invalid")
+    error.kind = "malformed"
+    return error
+
+
+def _from_http(request: Request, error: HTTPException) -> ServerError:
+    if isinstance(error.__cause__, ServerError):  # raised while FastAPI read the body
+        return error.__cause__
+    if isinstance(error.__cause__, ValueError | RecursionError):
+        return _malformed_json()
+    if error.status_code == 404:
+        return NotFoundError(f"there is no route {request.method} {request.url.path}", code="route_not_found")
+    fault = InvalidRequestError(str(error.detail))
+    fault.kind = "method" if error.status_code == 405 else "malformed" if error.status_code < 500 else "internal"
+    fault.code = "method_not_allowed" if error.status_code == 405 else "bad_request"
+    return fault

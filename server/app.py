@@ -1,0 +1,204 @@
+"""The application factory: the only place where concrete parts meet."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from fastapi import FastAPI
+
+from server.adapters.archive import ArchiveLimits
+from server.adapters.loader import AdapterLoader, BankSlots, FoldedAdapter
+from server.adapters.registry import AdapterRegistry
+from server.adapters.service import AdapterService
+from server.adapters.store import AdapterStore
+from server.api import admin, system, tgi
+from server.api.envelopes import install_error_handlers
+from server.api.middleware import BodyLimit, RequestId
+from server.demo import demo_adapters
+from server.demo.model import ensure_demo_model
+from server.engine import EngineConfig, EngineLoop, ModelRunner, load_runner
+from server.engine.selfcheck import check_against_reference
+from server.errors import InvalidRequestError
+from server.generation import Delivery, GenerationService
+from server.metrics import Metrics
+from server.schemas.system import Info
+from server.schemas.tgi import MAX_STOP_STRINGS
+from server.settings import Settings
+from server.text import TextCodec
+
+__all__ = ["Server", "build_server", "create_app"]
+
+logger = logging.getLogger(__name__)
+
+DEMO = "demo"
+UPLOAD_OVERHEAD_BYTES = 1 << 20  # multipart framing and the config beside the weights
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """All parts of a server, put together but not started."""
+
+    runner: ModelRunner
+    engine: EngineLoop
+    delivery: Delivery
+    store: AdapterStore
+    registry: AdapterRegistry
+    adapters: AdapterService
+    generations: GenerationService
+    metrics: Metrics
+    info: Info
+
+    def close(self) -> None:
+        """Stop everything; open requests fail. Calling it again does nothing."""
+        self.engine.close()
+        self.registry.close()
+        self.store.close()
+
+
+def build_server(settings: Settings, report: Report = logger.info) -> Server:
+    """Load the model and put the parts together. `report` gets one line for each thing that takes time.
+
+    Raises:
+        ServerError: the model, the store or a named adapter cannot be used; says which and why.
+    """
+    num_threads = settings.threads or torch.get_num_threads()
+    path, model_id = _model_path(settings, report)
+    torch.set_num_threads(1)  # see EngineLoop: no team of threads but the engine's
+    device, dtype = _device_and_dtype(settings)
+    report(f"loading {model_id} ({str(dtype).removeprefix('torch.')}, {device})")
+    config = EngineConfig(
+        max_running=settings.max_running,
+        max_step_tokens=max(settings.max_step_tokens, settings.max_running),
+        max_slots=settings.max_slots,
+        kv_bytes=settings.kv_memory,
+        max_model_len=settings.max_model_len,
+    )
+    runner = load_runner(path, config, dtype=dtype, device=device)
+    error = check_against_reference(runner)
+    report(f"the engine agrees with transformers on this model (relative error {error:.1e})")
+    codec = TextCodec(path)
+    delivery = Delivery()
+    engine = EngineLoop(runner, max_waiting=settings.max_waiting, num_threads=num_threads, on_step=delivery.flush)
+    store = AdapterStore(settings.store, min_free_bytes=settings.min_free_bytes)
+    store.open()
+    loader = AdapterLoader(runner.model, runner.layers, dtype=runner.dtype, max_rank=settings.max_rank)
+
+    def read(digest: str) -> FoldedAdapter:
+        return loader.fold(*store.read(digest))
+
+    registry = AdapterRegistry(
+        store, read, BankSlots(runner.bank), max_host_bytes=settings.host_memory, on_change=engine.wake
+    )
+    limits = ArchiveLimits(max_weights_bytes=settings.max_upload_bytes)
+    base_names = frozenset({model_id, "__base_model__"})
+    adapters = AdapterService(store, registry, loader, base_names=base_names, limits=limits)
+    _import_adapters(settings, store, adapters, report)
+    return Server(
+        runner=runner,
+        engine=engine,
+        delivery=delivery,
+        store=store,
+        registry=registry,
+        adapters=adapters,
+        generations=GenerationService(
+            engine, codec, adapters, delivery, default_max_new_tokens=settings.max_new_tokens
+        ),
+        metrics=Metrics(
+            lambda: engine.stats,
+            registry.stats,
+            adapters.names_by_digest,
+            model_id=model_id,
+            max_slots=settings.max_slots,
+        ),
+        info=_info(settings, runner, model_id),
+    )
+
+
+def create_app(server: Server, settings: Settings) -> FastAPI:
+    """The HTTP application of a server; starting the application starts the server."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        server.delivery.attach(asyncio.get_running_loop())
+        server.engine.start()
+        yield
+        await asyncio.to_thread(server.close)
+
+    app = FastAPI(
+        title="loramux",
+        version=version("loramux"),
+        summary="One base language model, many LoRA and DoRA adapters, one batch.",
+        lifespan=lifespan,
+    )
+    app.state.adapters = server.adapters
+    app.state.generations = server.generations
+    app.state.metrics = server.metrics
+    app.state.info = server.info
+    for router in (tgi.router, system.router, admin.router):
+        app.include_router(router)
+    install_error_handlers(app)
+    app.add_middleware(
+        BodyLimit,
+        max_json_bytes=settings.max_json_bytes,
+        max_upload_bytes=settings.max_upload_bytes + UPLOAD_OVERHEAD_BYTES,
+        upload_prefix="/admin/adapters",
+    )
+    app.add_middleware(RequestId)
+    return app
+
+
+def _model_path(settings: Settings, report: Report) -> tuple[Path, str]:
+    """The model's folder and the name under which it is served."""
+    if settings.model == DEMO:
+        return ensure_demo_model(report=report), settings.served_model_name or "smollm2-135m-instruct"
+    path = Path(settings.model).expanduser()
+    if not (path / "config.json").is_file():
+        raise InvalidRequestError(
+            f"{path} is no Hugging Face model folder: there is no config.json", code="model_not_found"
+        )
+    return path, settings.served_model_name or path.resolve().name
+
+
+def _device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidRequestError(f"device {name!r} cannot be used: {error}", code="device_invalid") from error
+    dtype = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    return device, dtype
+
+
+def _import_adapters(settings: Settings, store: AdapterStore, adapters: AdapterService, report: Report) -> None:
+    """Import the settings' adapters, and the demo's with the demo model, unless the store knows the name."""
+    folders = dict(demo_adapters()) if settings.model == DEMO else {}
+    for name, folder in (folders | settings.adapters).items():
+        if not store.has_history(name):
+            record = adapters.import_folder(name, folder)
+            report(f"imported adapter {name} ({record.details['type']}, rank {record.details['rank']})")
+
+
+def _info(settings: Settings, runner: ModelRunner, model_id: str) -> Info:
+    longest = runner.max_model_len
+    return Info(
+        model_id=model_id,
+        model_dtype=str(runner.dtype).removeprefix("torch."),
+        model_device_type=runner.device.type,
+        max_concurrent_requests=settings.max_running + settings.max_waiting,
+        max_stop_sequences=MAX_STOP_STRINGS,
+        max_input_length=longest - 1,
+        max_input_tokens=longest - 1,
+        max_total_tokens=longest,
+        max_batch_total_tokens=(runner.cache.num_blocks - 1) * runner.config.block_size,
+        max_adapters_in_use=settings.max_slots,
+        version=version("loramux"),
+    )

@@ -1,0 +1,172 @@
+"""The `loramux` command."""
+
+import logging
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from server.errors import ServerError
+from server.settings import Settings
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="loramux",
+    help="One base language model in memory, many LoRA and DoRA adapters beside it, one batch.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+DEFAULTS = Settings()
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def parse_bytes(text: str | int) -> int:
+    """ "1.5GiB", "512M" or plain bytes."""
+    if isinstance(text, int):
+        return text
+    number = text.strip().lower().removesuffix("b").removesuffix("i")
+    unit = number[-1:] if number[-1:] in UNITS else ""
+    try:
+        return int(float(number.removesuffix(unit)) * UNITS[unit])
+    except (ValueError, OverflowError):
+        raise typer.BadParameter(f"{text!r} is no size; write 512M, 2G or a number of bytes") from None
+
+
+def parse_adapter_option(text: str) -> tuple[str, Path]:
+    """ "NAME=DIR"."""
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise typer.BadParameter(f"{text!r}: write NAME=DIR")
+    return name, Path(folder).expanduser()
+
+
+def option(flag: str, text: str, **kwargs: Any) -> Any:
+    """A flag that can also be given as LORAMUX_<NAME>."""
+    return typer.Option(flag, envvar="LORAMUX_" + flag.strip("-").replace("-", "_").upper(), help=text, **kwargs)
+
+
+def size_option(flag: str, text: str) -> Any:
+    return option(flag, text, parser=parse_bytes, metavar="SIZE")
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    ctx: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if show_version:
+        typer.echo(version("loramux"))
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+@app.command()
+def serve(
+    model: Annotated[str, option("--model", '"demo", or a local Hugging Face model folder.')] = DEFAULTS.model,
+    store: Annotated[Path, option("--store", "Folder that keeps uploaded adapters.")] = DEFAULTS.store,
+    host: Annotated[str, option("--host", "Address to listen on.")] = DEFAULTS.host,
+    port: Annotated[int, option("--port", "Port to listen on.")] = DEFAULTS.port,
+    device: Annotated[str, option("--device", '"auto", "cpu", "cuda", "cuda:1" ...')] = DEFAULTS.device,
+    dtype: Annotated[str, option("--dtype", '"auto", "float32", "bfloat16" or "float16".')] = DEFAULTS.dtype,
+    adapter: Annotated[
+        list[str] | None,
+        option(
+            "--adapter", "NAME=DIR: import a PEFT folder under a name that the store does not know yet. Repeatable."
+        ),
+    ] = None,
+    served_model_name: Annotated[
+        str | None, option("--served-model-name", "Name of the base model for clients.")
+    ] = None,
+    threads: Annotated[int | None, option("--threads", "CPU cores for the engine; all by default.")] = None,
+    max_running: Annotated[int, option("--max-running", "Requests that generate at once.")] = DEFAULTS.max_running,
+    max_waiting: Annotated[
+        int, option("--max-waiting", "Requests that may wait; more get 429.")
+    ] = DEFAULTS.max_waiting,
+    max_step_tokens: Annotated[
+        int, option("--max-step-tokens", "Tokens computed in one step; long prompts are cut to it.")
+    ] = DEFAULTS.max_step_tokens,
+    max_slots: Annotated[int, option("--max-slots", "Adapters that can be in use at once.")] = DEFAULTS.max_slots,
+    max_rank: Annotated[int, option("--max-rank", "Highest adapter rank accepted.")] = DEFAULTS.max_rank,
+    max_model_len: Annotated[
+        int | None, option("--max-model-len", "Longest sequence, prompt and output, in tokens.")
+    ] = None,
+    kv_memory: Annotated[int, size_option("--kv-memory", "Memory for keys and values.")] = DEFAULTS.kv_memory,
+    host_memory: Annotated[
+        int, size_option("--host-memory", "Memory for folded adapters that are in no slot.")
+    ] = DEFAULTS.host_memory,
+    max_new_tokens: Annotated[
+        int, option("--max-new-tokens", "Output length of requests that name none.")
+    ] = DEFAULTS.max_new_tokens,
+    max_json_bytes: Annotated[int, size_option("--max-json-bytes", "Largest JSON body.")] = DEFAULTS.max_json_bytes,
+    max_upload_bytes: Annotated[
+        int, size_option("--max-upload-bytes", "Largest adapter upload.")
+    ] = DEFAULTS.max_upload_bytes,
+    min_free_bytes: Annotated[
+        int, size_option("--min-free-bytes", "Uploads are refused when the disk has less free space.")
+    ] = DEFAULTS.min_free_bytes,
+    log_level: Annotated[str, option("--log-level", '"debug", "info", "warning" or "error".')] = DEFAULTS.log_level,
+) -> None:
+    """Serve a base model and its adapters over HTTP. Every flag can also be set as LORAMUX_<NAME>."""
+    given = dict(locals())
+    given["adapters"] = dict(parse_adapter_option(text) for text in given.pop("adapter") or ())
+    try:
+        settings = Settings(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = "--" + str(first["loc"][0]).replace("_", "-")
+        raise typer.BadParameter(f"{flag}: {first['msg']}") from None
+    _serve(settings)
+
+
+def _serve(settings: Settings) -> None:
+    import uvicorn  # noqa: PLC0415 - `loramux --help` need not load a server and torch
+
+    from server.app import build_server, create_app  # noqa: PLC0415
+
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def report(line: str) -> None:
+        console.print(f"[dim]loramux[/dim] {line}")
+
+    if settings.host not in LOOPBACK:
+        report(f"[yellow]listening on {settings.host}: there are no API keys yet, anybody who can reach it can use it")
+    try:
+        server = build_server(settings, report)
+    except ServerError as error:
+        console.print(f"[red]error[/red] {error.message} [dim]({error.code})")
+        raise typer.Exit(2) from None
+    _report_ready(settings, server.info.model_id, [record.name for record in server.adapters.records()], report)
+    try:
+        uvicorn.run(
+            create_app(server, settings),
+            host=settings.host,
+            port=settings.port,
+            log_level="warning" if settings.log_level == "info" else settings.log_level,
+            timeout_graceful_shutdown=30,
+        )
+    finally:
+        server.close()
+
+
+def _report_ready(settings: Settings, model_id: str, names: list[str], report: Any) -> None:
+    url = f"http://{settings.host}:{settings.port}"
+    example = '{"inputs": "What is the capital of France?"'
+    report(f"ready: {model_id} with {len(names)} adapters{': ' + ', '.join(names[:10]) if names else ''}")
+    report(f"API docs at {url}/docs. Try:")
+    choices = [""] + [f', "parameters": {{"adapter_id": "{name}"}}' for name in names[:1]]
+    for choice in choices:
+        console.print(f"  curl {url}/generate -H 'Content-Type: application/json' -d '{example}{choice}}}'")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

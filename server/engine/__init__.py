@@ -1,0 +1,23 @@
+"""Continuous batching over one model and many adapters. The import surface of the engine."""
+
+from server.engine.loop import EngineLoop, EngineStats
+from server.engine.ports import AdapterLease, TokenText
+from server.engine.request import Event, Failed, Finished, FinishReason, GenerationRequest, SamplingParams, Token
+from server.engine.runner import EngineConfig, ModelRunner, load_runner
+
+__all__ = [
+    "AdapterLease",
+    "EngineConfig",
+    "EngineLoop",
+    "EngineStats",
+    "Event",
+    "Failed",
+    "FinishReason",
+    "Finished",
+    "GenerationRequest",
+    "ModelRunner",
+    "SamplingParams",
+    "Token",
+    "TokenText",
+    "load_runner",
+]

@@ -1,0 +1,16 @@
+"""Attention over packed sequences, behind transformers' attention interface. The import surface of the package."""
+
+from server.engine.attention.interface import ATTENTION_NAME, AttentionCall, AttentionStep, register, use_step
+from server.engine.attention.paged import AttentionGroup, PagedAttention
+from server.engine.attention.probe import AttentionProbe
+
+__all__ = [
+    "ATTENTION_NAME",
+    "AttentionCall",
+    "AttentionGroup",
+    "AttentionProbe",
+    "AttentionStep",
+    "PagedAttention",
+    "register",
+    "use_step",
+]

@@ -1,0 +1,111 @@
+"""A step's plan as tensors: packed tokens, cache positions, attention groups and the adapters' route."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_core import Route, Run
+from server.engine.attention import AttentionGroup
+from server.engine.blocks import NULL_BLOCK
+from server.engine.request import GenerationRequest
+from server.engine.scheduler import Chunk, Step
+
+__all__ = ["Batch", "build_batch"]
+
+# Padded tokens that cost about as much as one more attention call per layer.
+MAX_PADDED_TOKENS = 1_024
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """T packed tokens.
+
+    Attributes:
+        input_ids, position_ids: [1, T].
+        cache_positions: [T], block · block_size + offset.
+        groups: attention groups that cover the tokens.
+        route: which token wants which adapters, and its part for the rows in `last_rows`.
+        last_rows: [N] tokens whose logits are wanted, ascending.
+        sampled: the N requests that they belong to.
+        new_blocks: cache blocks to be zeroed first.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cache_positions: Tensor
+    groups: list[AttentionGroup]
+    route: Route
+    head_route: Route
+    last_rows: Tensor
+    sampled: list[GenerationRequest]
+    new_blocks: list[int]
+
+
+def build_batch(step: Step, block_size: int, device: torch.device) -> Batch:
+    """Pack the chunks of a step: single tokens by length, then longer chunks, those of one adapter side by side."""
+    decoding = sorted((chunk for chunk in step.chunks if chunk.num_tokens == 1), key=lambda chunk: chunk.stop)
+    longer = [chunk for chunk in step.chunks if chunk.num_tokens > 1]
+    chunks = decoding + sorted(longer, key=lambda chunk: hash(chunk.request.route_key))
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    cache_positions: list[int] = []
+    last_rows: list[int] = []
+    for chunk in chunks:
+        blocks = chunk.request.block_ids
+        input_ids += chunk.request.token_ids(chunk.start, chunk.stop)
+        position_ids += range(chunk.start, chunk.stop)
+        cache_positions += (
+            blocks[p // block_size] * block_size + p % block_size for p in range(chunk.start, chunk.stop)
+        )
+        if chunk.is_last:
+            last_rows.append(len(input_ids) - 1)
+    route = Route(Run(chunk.request.route_weights, chunk.num_tokens) for chunk in chunks)
+    return Batch(
+        input_ids=torch.tensor([input_ids], device=device),
+        position_ids=torch.tensor([position_ids], device=device),
+        cache_positions=torch.tensor(cache_positions, device=device),
+        groups=_attention_groups(chunks, block_size, device),
+        route=route,
+        head_route=route.select(last_rows),
+        last_rows=torch.tensor(last_rows, dtype=torch.long, device=device),
+        sampled=[chunk.request for chunk in chunks if chunk.is_last],
+        new_blocks=step.new_blocks,
+    )
+
+
+def _attention_groups(chunks: Sequence[Chunk], block_size: int, device: torch.device) -> list[AttentionGroup]:
+    """Split packed chunks, single tokens first and by length, into groups of one attention call each."""
+    groups: list[list[Chunk]] = []
+    num_padded = 0
+    for chunk in chunks:
+        # A longer sequence pads each one that is in the group already.
+        growth = (chunk.stop - groups[-1][-1].stop) * len(groups[-1]) if groups else 0
+        num_padded += growth
+        if not groups or chunk.num_tokens > 1 or num_padded > MAX_PADDED_TOKENS:
+            groups.append([])
+            num_padded = 0
+        groups[-1].append(chunk)
+    out = []
+    start = 0
+    for group in groups:
+        stop = start + sum(chunk.num_tokens for chunk in group)
+        out.append(_attention_group(start, stop, group, block_size, device))
+        start = stop
+    return out
+
+
+def _attention_group(
+    start: int, stop: int, chunks: Sequence[Chunk], block_size: int, device: torch.device
+) -> AttentionGroup:
+    width = -(-max(chunk.stop for chunk in chunks) // block_size)
+    table = [(chunk.request.block_ids + [NULL_BLOCK] * width)[:width] for chunk in chunks]
+    lengths = [chunk.stop for chunk in chunks]
+    return AttentionGroup(
+        start,
+        stop,
+        blocks=torch.tensor(table, device=device),
+        lengths=torch.tensor(lengths, device=device),
+        num_queries=chunks[0].num_tokens,
+    )

@@ -1,0 +1,268 @@
+"""EngineLoop: one thread that schedules, runs, samples and tells everybody what came of it, step after step.
+
+Others talk to it through its inbox only. Whatever happens to a request, exactly one terminal event is emitted for it:
+`Finished` or `Failed`.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from server.engine.batch import build_batch
+from server.engine.blocks import BlockPool
+from server.engine.request import Event, Failed, Finished, FinishReason, GenerationRequest, Token
+from server.engine.runner import ModelRunner
+from server.engine.sampling import Sampled, sample
+from server.engine.scheduler import Scheduler, Step
+from server.errors import GenerationError, InvalidRequestError, OverloadedError, UnavailableError
+
+__all__ = ["EngineLoop", "EngineStats"]
+
+logger = logging.getLogger(__name__)
+
+# So many failed steps in a row mean that the fault is the engine's, not one request's.
+MAX_FAILED_STEPS = 3
+# An idle engine looks up after this long, in case somebody forgot to wake it.
+IDLE_WAIT_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot for metrics and health, made once a step."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    num_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_preemptions: int = 0
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the cache in use, 0 to 1."""
+        return 1 - self.num_free_blocks / self.num_blocks if self.num_blocks else 0.0
+
+
+class EngineLoop:
+    """Runs requests on a ModelRunner.
+
+    Args:
+        max_waiting: requests that may wait; one more is refused.
+        num_threads: cores for the engine's own thread; None leaves PyTorch's threads as they are. With a number, every
+            other thread is confined to one core from `start` on. GNU OpenMP falls back from spinning to sleeping, and
+            each of a step's thousand short operators gets slower by half, as soon as two threads have teams of their
+            own; so nobody but the engine may have one. The process must not have made one before, either.
+        on_step: called on the engine thread after each step, when its events have been emitted, and when idle.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        *,
+        max_waiting: int = 512,
+        num_threads: int | None = None,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.runner = runner
+        self.max_waiting = max_waiting
+        self.stats = EngineStats()
+        self._num_threads = num_threads
+        self._on_step = on_step
+        config = runner.config
+        self._pool = BlockPool(runner.cache.num_blocks, config.block_size)
+        self._scheduler = Scheduler(self._pool, max_running=config.max_running, max_step_tokens=config.max_step_tokens)
+        self._lock = threading.Lock()
+        self._awake = threading.Event()
+        self._submitted: list[GenerationRequest] = []
+        self._cancelled: list[GenerationRequest] = []
+        self._num_open = 0
+        self._has_started = threading.Event()
+        self._is_closing = False
+        self._num_failed_steps = 0
+        self._thread = threading.Thread(target=self._run, name="loramux-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        self._has_started.wait()
+        if self._num_threads is not None:
+            torch.set_num_threads(1)  # for this thread, and for all that begin later
+
+    @property
+    def is_healthy(self) -> bool:
+        """The thread runs and its last steps did not all fail."""
+        return self._thread.is_alive() and self._num_failed_steps < MAX_FAILED_STEPS
+
+    def check(self, num_prompt_tokens: int, max_new_tokens: int) -> None:
+        """Refuse what can never fit.
+
+        Raises:
+            InvalidRequestError: the sequence would be longer than the context.
+        """
+        limit = self.runner.max_model_len
+        if num_prompt_tokens + max_new_tokens > limit:
+            raise InvalidRequestError(
+                f"`inputs` tokens + `max_new_tokens` must be <= {limit}. "
+                f"Given: {num_prompt_tokens} `inputs` tokens and {max_new_tokens} `max_new_tokens`",
+                code="context_length_exceeded",
+            )
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Queue a request; from here on the engine owns its lease.
+
+        Raises:
+            InvalidRequestError: it has no prompt, or can never fit.
+            OverloadedError: too many requests wait.
+            UnavailableError: the engine is closing or broken.
+        """
+        if not request.prompt_ids:
+            raise InvalidRequestError("the prompt has no tokens", code="prompt_empty")
+        self.check(len(request.prompt_ids), request.sampling.max_new_tokens)
+        with self._lock:
+            if self._is_closing or self._num_failed_steps >= MAX_FAILED_STEPS:
+                raise UnavailableError("the engine is not running")
+            if self._num_open >= self.max_waiting + self.runner.config.max_running:
+                raise OverloadedError(f"{self._num_open} requests are in the queue already")
+            self._num_open += 1
+            self._submitted.append(request)
+        self._awake.set()
+
+    def cancel(self, request: GenerationRequest) -> None:
+        """End a request early; what it holds is free before the next step. Ended and refused ones are left alone."""
+        with self._lock:
+            self._cancelled.append(request)
+        self._awake.set()
+
+    def wake(self) -> None:
+        """Something that the engine waits for has changed: an adapter has come, or a slot."""
+        self._awake.set()
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Stop after the step under way; open requests fail. Calling it again does nothing."""
+        with self._lock:
+            self._is_closing = True
+        self._awake.set()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+
+    def check_integrity(self) -> None:
+        """Assert that the books agree; for tests, while the engine is idle."""
+        self._scheduler.check_integrity()
+        self.runner.cache.check_integrity()
+        self.runner.bank.check_integrity()
+        assert self._num_open == len(self._scheduler.running) + len(self._scheduler.waiting)
+
+    def _run(self) -> None:
+        if self._num_threads is not None:
+            torch.set_num_threads(self._num_threads)
+            torch.get_num_threads()  # settles it for this thread, before another thread sets its own number
+        self._has_started.set()
+        try:
+            while not self._is_closing:
+                self._awake.clear()
+                self._take_inbox()
+                is_idle = not self._step()
+                self._on_step()
+                if is_idle:
+                    self._awake.wait(IDLE_WAIT_S)
+        except BaseException:
+            logger.exception("the engine thread died")
+            raise
+        finally:
+            self._is_closing = True
+            self._take_inbox()
+            for request in [*self._scheduler.running, *self._scheduler.waiting]:
+                self._end(request, Failed(UnavailableError("the server is shutting down", code="shutting_down")))
+            self._on_step()
+
+    def _take_inbox(self) -> None:
+        with self._lock:
+            submitted, self._submitted = self._submitted, []
+            cancelled, self._cancelled = self._cancelled, []
+        now = time.monotonic()
+        for request in submitted:
+            self._scheduler.add(request, now)
+        for request in cancelled:
+            if request.arrival >= 0 and not request.is_finished:
+                self._end(request, Finished(FinishReason.CANCELLED))
+
+    def _step(self) -> bool:
+        """Run one step; False if there was nothing to do."""
+        step = self._scheduler.schedule(time.monotonic())
+        for request, error in step.failed:
+            self._finish(request, Failed(error))
+        num_sampled = 0
+        if step.chunks:
+            try:
+                num_sampled = self._compute(step)
+                self._num_failed_steps = 0
+            except Exception as error:
+                logger.exception("a step of %d requests failed", len(step.chunks))
+                self._num_failed_steps += 1
+                for chunk in step.chunks:
+                    if not chunk.request.is_finished:
+                        self._end(chunk.request, Failed(GenerationError(f"a step failed: {type(error).__name__}")))
+        self._note_stats(step, num_sampled)
+        return bool(step.chunks)
+
+    def _compute(self, step: Step) -> int:
+        """Run a step's chunks and pass on what they give; returns the number of new tokens."""
+        batch = build_batch(step, self._pool.block_size, self.runner.device)
+        logits = self.runner.forward(batch)
+        results = sample(logits, batch.sampled) if batch.sampled else []
+        self._scheduler.commit(step)
+        for request, sampled in zip(batch.sampled, results, strict=True):
+            self._advance(request, sampled)
+        return len(results)
+
+    def _advance(self, request: GenerationRequest, sampled: Sampled) -> None:
+        """Append a request's new token, emit it, and end the request if it is the last one."""
+        if sampled.token_id is None:
+            error = GenerationError("the model's output is not finite: the adapter overflows", code="output_not_finite")
+            self._end(request, Failed(error))
+            return
+        token_id = sampled.token_id
+        request.output_ids.append(token_id)
+        text, hit_stop = ("", False) if request.text is None else request.text.push(token_id)
+        reason = FinishReason.STOP if hit_stop else self._finish_reason(request, token_id)
+        if reason is not None and request.text is not None and not hit_stop:
+            text += request.text.finish()
+        request.emit(Token(token_id, text, sampled.logprob))
+        if reason is not None:
+            self._end(request, Finished(reason))
+
+    def _finish_reason(self, request: GenerationRequest, token_id: int) -> FinishReason | None:
+        sampling = request.sampling
+        is_eos = token_id in self.runner.facts.eos_token_ids and not sampling.ignore_eos
+        if is_eos or token_id in sampling.stop_token_ids:
+            return FinishReason.EOS
+        return FinishReason.LENGTH if len(request.output_ids) >= sampling.max_new_tokens else None
+
+    def _end(self, request: GenerationRequest, event: Event) -> None:
+        self._scheduler.remove(request)
+        self._finish(request, event)
+
+    def _finish(self, request: GenerationRequest, event: Event) -> None:
+        request.is_finished = True
+        with self._lock:
+            self._num_open -= 1
+        request.emit(event)
+
+    def _note_stats(self, step: Step, num_sampled: int) -> None:
+        old, scheduler = self.stats, self._scheduler
+        num_prompt = sum(max(min(c.stop, len(c.request.prompt_ids)) - c.start, 0) for c in step.chunks)
+        self.stats = EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_blocks=self._pool.num_usable,
+            num_free_blocks=self._pool.num_free,
+            num_steps=old.num_steps + bool(step.chunks),
+            num_prompt_tokens=old.num_prompt_tokens + num_prompt,
+            num_generated_tokens=old.num_generated_tokens + num_sampled,
+            num_preemptions=scheduler.num_preemptions,
+        )

@@ -1,0 +1,95 @@
+"""ModelRunner: a model with slots for adapters and a cache, and the one call that runs a batch through it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lora_core import LoraLinear, Router, SlotBank, attach_slots, wrap_linears
+from server.engine.attention import PagedAttention, use_step
+from server.engine.batch import Batch
+from server.engine.kv_cache import KVCache
+from server.engine.model import ModelFacts, inspect_model, load_model
+from server.errors import InvalidRequestError
+
+__all__ = ["EngineConfig", "ModelRunner", "load_runner"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Sizes of an engine.
+
+    Attributes:
+        max_running: requests that generate at once.
+        max_step_tokens: tokens computed in one step, prompts and running streams together.
+        max_slots: adapters that can be in use at once.
+        kv_bytes: memory for keys and values.
+        max_model_len: longest sequence, prompt and output together; None for all that model and memory allow.
+    """
+
+    max_running: int = 32
+    max_step_tokens: int = 512
+    max_slots: int = 32
+    block_size: int = 16
+    kv_bytes: int = 1 << 30
+    max_model_len: int | None = None
+
+
+class ModelRunner:
+    """Owns the model; used by one thread at a time.
+
+    Args:
+        model: a transformers causal language model, changed in place: its linear layers are wrapped.
+
+    Attributes:
+        layers: the wrapped linear layers by name; `lora_core.fold_adapter` folds for them.
+        bank: their slots.
+        max_model_len: longest sequence in tokens that fits model and cache.
+
+    Raises:
+        InvalidRequestError: the architecture is not supported, or the cache has no room for one block.
+    """
+
+    def __init__(self, model: nn.Module, config: EngineConfig) -> None:
+        self.model = model
+        self.config = config
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.facts: ModelFacts = inspect_model(model)
+        self.router = Router()
+        self.layers: dict[str, LoraLinear] = wrap_linears(model, self.router)
+        self.bank: SlotBank = attach_slots(self.layers, config.max_slots, dtype=self.dtype)
+        self.cache = self._make_cache()
+        longest = min(self.facts.max_positions, (self.cache.num_blocks - 1) * config.block_size)
+        self.max_model_len = min(longest, config.max_model_len or longest)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits [N, V] of the batch's last rows; the cache then holds the batch's tokens."""
+        self.cache.zero(batch.new_blocks)
+        attention = PagedAttention(self.cache, batch.cache_positions, batch.groups)
+        with torch.inference_mode(), self.router.use(batch.route, batch.head_route):
+            output = self.model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                logits_to_keep=batch.last_rows,
+                **use_step(attention),
+            )
+            return output.logits[0]
+
+    def _make_cache(self) -> KVCache:
+        block_bytes = KVCache.bytes_per_token(self.facts.layers, self.dtype) * self.config.block_size
+        most = self.config.max_running * -(-self.facts.max_positions // self.config.block_size)
+        num_blocks = 1 + min(most, self.config.kv_bytes // block_bytes)
+        if num_blocks < 2:
+            raise InvalidRequestError(
+                f"the cache needs at least {block_bytes} bytes for one block, {self.config.kv_bytes} are allowed",
+                code="kv_cache_too_small",
+            )
+        return KVCache(self.facts.layers, num_blocks, self.config.block_size, dtype=self.dtype, device=self.device)
+
+
+def load_runner(path: str | Path, config: EngineConfig, *, dtype: torch.dtype, device: torch.device) -> ModelRunner:
+    """Load a local model folder and make it ready; errors as in `ModelRunner` and `load_model`."""
+    return ModelRunner(load_model(path, dtype=dtype, device=device), config)

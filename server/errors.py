@@ -1,0 +1,97 @@
+"""Errors that reach a client.
+
+An error has a `kind`, which decides its HTTP status in each API family (see server.api.envelopes), and a `code`, which
+is stable and listed in the README. Messages are for people: they name values and limits, never paths or traces.
+
+    ServerError
+    ├── InvalidRequestError    a value is wrong                      kind "validation"
+    ├── InvalidAdapterError    an adapter is understood and refused  kind "unprocessable"
+    ├── NotFoundError          unknown adapter or route              kind "not_found"
+    ├── ConflictError          changed under you, or in use          kind "conflict"
+    ├── TooLargeError          more bytes than allowed               kind "too_large"
+    ├── OverloadedError        full at the moment, with Retry-After  kind "overloaded"
+    ├── UnavailableError       starting, draining or storage down    kind "unavailable"
+    ├── StorageFullError       no space left for adapters            kind "storage_full"
+    └── GenerationError        failed after it was accepted          kind "generation"
+"""
+
+__all__ = [
+    "ConflictError",
+    "GenerationError",
+    "InvalidAdapterError",
+    "InvalidRequestError",
+    "NotFoundError",
+    "OverloadedError",
+    "ServerError",
+    "StorageFullError",
+    "TooLargeError",
+    "UnavailableError",
+]
+
+
+class ServerError(Exception):
+    """Base of every error with a stable code.
+
+    Attributes:
+        param: the request field at fault, where there is one.
+        retry_after_s: when to try again; None if trying again is of no use.
+    """
+
+    kind = "internal"
+    code = "internal_error"
+    retry_after_s: int | None = None
+
+    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class InvalidRequestError(ServerError):
+    kind = "validation"
+    code = "invalid_value"
+
+
+class InvalidAdapterError(ServerError):
+    kind = "unprocessable"
+    code = "adapter_invalid"
+
+
+class NotFoundError(ServerError):
+    kind = "not_found"
+    code = "not_found"
+
+
+class ConflictError(ServerError):
+    kind = "conflict"
+    code = "conflict"
+
+
+class TooLargeError(ServerError):
+    kind = "too_large"
+    code = "too_large"
+
+
+class OverloadedError(ServerError):
+    kind = "overloaded"
+    code = "overloaded"
+    retry_after_s = 1
+
+
+class UnavailableError(ServerError):
+    kind = "unavailable"
+    code = "unavailable"
+    retry_after_s = 5
+
+
+class StorageFullError(ServerError):
+    kind = "storage_full"
+    code = "storage_full"
+    retry_after_s = 60
+
+
+class GenerationError(ServerError):
+    kind = "generation"
+    code = "generation_failed"

@@ -1,0 +1,46 @@
+"""Settings of a server: read by the command line and the application factory, nowhere else."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["Settings"]
+
+Bytes = Annotated[int, Field(ge=1 << 16)]
+
+
+class Settings(BaseModel):
+    """One value per flag of `loramux serve`; every flag can also be given as LORAMUX_<NAME>.
+
+    Attributes:
+        model: "demo", or a local Hugging Face folder.
+        adapters: adapters to import at the start, folder by name; a name that the store knows already is left alone.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = "demo"
+    store: Path = Path("store")
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    adapters: dict[str, Path] = Field(default_factory=dict)
+    served_model_name: str | None = None
+
+    threads: int | None = Field(None, ge=1)
+    max_running: int = Field(32, ge=1, le=1024)
+    max_waiting: int = Field(512, ge=1)
+    max_step_tokens: int = Field(512, ge=1)
+    max_slots: int = Field(32, ge=1, le=1024)
+    max_rank: int = Field(256, ge=1)
+    max_model_len: int | None = Field(None, ge=2)
+    kv_memory: Bytes = 1 << 30
+    host_memory: Bytes = 1 << 30
+    max_new_tokens: int = Field(256, ge=1)
+
+    max_json_bytes: Bytes = 2 << 20
+    max_upload_bytes: Bytes = 512 << 20
+    min_free_bytes: int = Field(2 << 30, ge=0)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -1,0 +1,40 @@
+"""The project's Python files, parsed."""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("lora_core", "server", "clients")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One module: its dotted name, its path below the root, and its syntax tree."""
+
+    module: str
+    path: Path
+    tree: ast.Module
+
+    def imports(self) -> Iterator[str]:
+        """Dotted names of everything it imports, also inside functions."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{self.path}: relative import"
+                yield node.module or ""
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def sources() -> list[Source]:
+    """All modules of the packages, by path."""
+    out = []
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            relative = path.relative_to(ROOT)
+            parts = relative.with_suffix("").parts
+            module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            out.append(Source(module, relative, ast.parse(path.read_text(), filename=str(relative))))
+    return out

@@ -1,0 +1,77 @@
+"""Who may import whom."""
+
+import ast
+import sys
+
+import pytest
+
+from tests.architecture.source_tree import Source, sources
+
+# For the modules under a prefix (the longest that fits): packages from outside that they may use, ...
+EXTERNAL: dict[str, set[str]] = {
+    "lora_core": {"regex", "safetensors", "torch"},
+    "server.adapters": {"torch"},
+    "server.adapters.archive": set(),
+    "server.adapters.registry": set(),
+    "server.adapters.store": set(),
+    "server.api": {"fastapi", "starlette"},
+    "server.app": {"fastapi", "torch"},
+    "server.cli": {"pydantic", "rich", "typer", "uvicorn"},
+    "server.demo": {"tokenizers", "torch", "transformers"},
+    "server.durable": set(),
+    "server.engine": {"torch", "transformers"},
+    "server.engine.blocks": set(),
+    "server.engine.ports": set(),
+    "server.engine.request": set(),
+    "server.engine.scheduler": set(),
+    "server.errors": set(),
+    "server.generation": set(),
+    "server.leases": set(),
+    "server.metrics": {"prometheus_client"},
+    "server.schemas": {"pydantic"},
+    "server.settings": {"pydantic"},
+    "server.text": {"tokenizers", "transformers"},
+}
+# ... and parts of the project that they may not know.
+FORBIDDEN: dict[str, set[str]] = {
+    "lora_core": {"server", "clients"},
+    "server.adapters": {"server.api", "server.app", "server.engine", "server.generation", "server.schemas"},
+    "server.engine": {"server.adapters", "server.api", "server.app", "server.generation", "server.schemas"},
+    "server.schemas": {"server.api", "server.app"},
+    "server.api": {"server.app"},
+}
+SETTINGS_READERS = {"server.app", "server.cli", "server.settings"}
+
+
+def _rule(table: dict[str, set[str]], module: str) -> set[str] | None:
+    fitting = [prefix for prefix in table if module == prefix or module.startswith(prefix + ".")]
+    return table[max(fitting, key=len)] if fitting else None
+
+
+@pytest.mark.parametrize("source", sources(), ids=lambda source: source.module)
+def test_imports(source: Source) -> None:
+    allowed = _rule(EXTERNAL, source.module) or set()
+    forbidden = _rule(FORBIDDEN, source.module) or set()
+    for name in source.imports():
+        top = name.partition(".")[0]
+        if top in sys.stdlib_module_names:
+            continue
+        if top not in {"lora_core", "server"}:
+            assert top in allowed, f"{source.module} imports {name}"
+        assert not any(name == part or name.startswith(part + ".") for part in forbidden), (
+            f"{source.module} imports {name}"
+        )
+        if name.startswith("server.settings"):
+            assert source.module in SETTINGS_READERS, f"{source.module} reads settings"
+
+
+def test_nothing_runs_strangers_code() -> None:
+    """No pickle, eval, or code from a model's folder anywhere."""
+    unsafe_modules = {"pickle", "marshal", "shelve", "yaml", "cloudpickle"}
+    unsafe_calls = {"eval", "exec", "torch.load"}
+    for source in sources():
+        assert not {name.partition(".")[0] for name in source.imports()} & unsafe_modules, source.module
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in unsafe_calls, (source.module, node.lineno)
+                assert not [k for k in node.keywords if k.arg == "trust_remote_code"], (source.module, node.lineno)
