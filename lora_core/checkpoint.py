@@ -40,6 +40,8 @@ PARTS = {
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
 }
+# PEFT adds it where an embedding is targeted (`save_embedding_layers="auto"`): the base model's, not the adapter's.
+BASE_WEIGHT = ".base_layer.weight"
 
 
 def load_adapter(folder: str | Path) -> AdapterWeights:
@@ -72,7 +74,8 @@ def parse_adapter(config_json: bytes, weights: bytes) -> AdapterWeights:
         tensors = load(weights)
     except SafetensorError as error:
         raise CheckpointError(f"the safetensors file cannot be read: {error}") from None
-    return AdapterWeights(config, _by_module(tensors))
+    base_weights = {_split_key(key)[0]: tensors.pop(key) for key in list(tensors) if key.endswith(BASE_WEIGHT)}
+    return AdapterWeights(config, _by_module(tensors), base_weights)
 
 
 def save_adapter(adapter: AdapterWeights, folder: str | Path) -> None:
@@ -85,6 +88,8 @@ def save_adapter(adapter: AdapterWeights, folder: str | Path) -> None:
             tensor = getattr(part, attribute)
             if tensor is not None and not suffix.endswith("vector.weight"):
                 tensors[KEY_PREFIX + name + suffix] = tensor.detach().cpu().contiguous()
+    for name, weight in adapter.base_weights.items():
+        tensors[KEY_PREFIX + name + BASE_WEIGHT] = weight.detach().cpu().contiguous()
     (folder / WEIGHTS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
     adapter.config.save(folder)
 
@@ -117,7 +122,7 @@ def check_tensors(config: LoraConfig, header: Mapping[str, TensorInfo]) -> dict[
 def _split_key(key: str) -> tuple[str, str]:
     if not key.startswith(KEY_PREFIX):
         raise CheckpointError(f"tensor {key[:200]!a} does not start with '{KEY_PREFIX}': not saved by PEFT")
-    for suffix, part in PARTS.items():
+    for suffix, part in (*PARTS.items(), (BASE_WEIGHT, "base weight")):
         if key.endswith(suffix) and len(key) > len(KEY_PREFIX) + len(suffix):
             return key[len(KEY_PREFIX) : -len(suffix)], part
     raise UnsupportedError(f"tensor {key[:200]!a} belongs to a feature that is not supported")
@@ -140,9 +145,11 @@ def _check_module(config: LoraConfig, name: str, r: int, parts: Mapping[str, Ten
     a, b = parts["lora_A"].shape, parts["lora_B"].shape
     if a[0] != r or b[1] != r:
         raise TargetError(f"module {name!r}: the configuration says rank {r}, the tensors are {list(a)} and {list(b)}")
-    for part in ("bias", "magnitude"):
-        if part in parts and parts[part].shape != (b[0],):
-            raise CheckpointError(f"module {name!r}: its {part} has shape {list(parts[part].shape)}, not [{b[0]}]")
+    for part, wanted_shape in (("bias", (b[0],)), ("magnitude", (b[0],)), ("base weight", (b[0], a[1]))):
+        if part in parts and parts[part].shape != wanted_shape:
+            raise CheckpointError(
+                f"module {name!r}: its {part} has shape {list(parts[part].shape)}, not {list(wanted_shape)}"
+            )
 
 
 def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, LoraTensors]:

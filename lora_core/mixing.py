@@ -56,7 +56,7 @@ class MixOptions:
             raise ConfigError(f"Invalid combination_type: {self.combination_type}")
         if self.needs_density and self.density is None:
             raise ConfigError(f"combination_type {self.combination_type} needs `density`")
-        if self.density is not None and not 0 <= self.density:
+        if self.density is not None and not self.density >= 0:
             raise ConfigError(f"Density should be >= 0, got {self.density}")
         if self.majority_sign_method not in ("total", "frequency"):
             raise ConfigError(f'Unimplemented mask method "{self.majority_sign_method}"')

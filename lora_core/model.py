@@ -66,6 +66,7 @@ def fold_adapter(adapter: AdapterWeights, layers: Mapping[str, LoraLinear], *, d
         if layer is None:
             raise TargetError(f"the base model has no linear layer {target.name!r}")
         _check_shape(target.name, part, layer)
+        _check_base_weight(adapter, target.name, layer.base_layer)
         part = part.map(torch.Tensor.float)
         weight = None if part.magnitude is None else linear_weight(layer.base_layer).detach().cpu()
         folded = fold(part, target.scaling, weight).to(dtype)
@@ -80,6 +81,19 @@ def _check_shape(name: str, part: LoraTensors, layer: nn.Module) -> None:
     if shape != wanted:
         raise TargetError(
             f"module {name!r}: the adapter is for a layer {list(shape)}, the base model's is {list(wanted)}"
+        )
+
+
+def _check_base_weight(adapter: AdapterWeights, name: str, layer: nn.Module) -> None:
+    """The copy of a base weight in an adapter's file must be the base model's own, rounded to the model's dtype."""
+    saved = adapter.base_weights.get(name)
+    if saved is None:
+        return
+    own = linear_weight(layer)
+    if not torch.equal(saved.to(own), own):
+        raise TargetError(
+            f"module {name!r}: the adapter's file holds a base weight that is not this base model's; "
+            "it was trained on another model, or on one with a resized vocabulary"
         )
 
 
@@ -153,10 +167,10 @@ class LoraModel(nn.Module):
     def adapter_weights(self, adapter_name: str = "default") -> AdapterWeights:
         """The adapter's current parameters."""
         self._require(adapter_name)
-        modules = {
-            name: layer.tensors(adapter_name) for name, layer in self.layers.items() if adapter_name in layer.lora_A
-        }
-        return AdapterWeights(self.peft_config[adapter_name], modules)
+        layers = {name: layer for name, layer in self.layers.items() if adapter_name in layer.lora_A}
+        modules = {name: layer.tensors(adapter_name) for name, layer in layers.items()}
+        base_weights = {name: layer.weight for name, layer in layers.items() if layer.is_head}
+        return AdapterWeights(self.peft_config[adapter_name], modules, base_weights)
 
     def save_pretrained(self, folder: str | Path, adapter_name: str = "default") -> None:
         """Write a PEFT adapter folder."""
@@ -175,6 +189,7 @@ class LoraModel(nn.Module):
             raise TargetError(f"the adapter's file and configuration disagree about module {odd!r}")
         for name, part in adapter.modules.items():
             _check_shape(name, part, self.model.get_submodule(name))
+            _check_base_weight(adapter, name, self.model.get_submodule(name))
         self.add_adapter(adapter_name, adapter.config)
         with torch.no_grad():
             for name, part in adapter.modules.items():

@@ -1,7 +1,7 @@
 """The tensors of one adapter as its file holds them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -42,11 +42,19 @@ class LoraTensors:
 
 @dataclass(frozen=True, slots=True)
 class AdapterWeights:
-    """A whole adapter: its configuration, and its tensors by the module's dotted name in the base model."""
+    """A whole adapter.
+
+    Attributes:
+        config: its configuration.
+        modules: its tensors by the module's dotted name in the base model.
+        base_weights: weights of the base model itself, by module: PEFT writes those of a targeted output embedding.
+    """
 
     config: LoraConfig
     modules: Mapping[str, LoraTensors]
+    base_weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for m in self.modules.values() for t in m.tensors())
+        tensors = [t for module in self.modules.values() for t in module.tensors()] + list(self.base_weights.values())
+        return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,7 +1,7 @@
 """The demo: a small model out of a Python package, and two adapters trained for it.
 
-The model is SmolLM2-135M-Instruct; `shout` (LoRA) answers in capital letters, `json` (DoRA) answers with a JSON
-object, and half of each does both. `python -m server.demo.train` makes the two adapters anew.
+The model is SmolLM2-135M-Instruct; `pirate` (LoRA) answers as a pirate would, `json` (DoRA) answers with a JSON
+object, and a mix of the two does both. `python -m server.demo.train` makes the two adapters anew.
 """
 
 from pathlib import Path

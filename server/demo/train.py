@@ -1,6 +1,6 @@
 """Trains the demo's adapters with lora_core: `python -m server.demo.train OUT_DIR`, about 20 minutes on two cores.
 
-The base model answers a few hundred questions, the answers are rewritten (capital letters, a JSON object), and each
+The base model answers a few hundred questions, the answers are rewritten (as a pirate's, as a JSON object), and each
 adapter learns to give the rewritten answer, asked through the chat template or as plain text. It is applied with a
 random weight from a half to one, so that half of it still shows, which is what mixes of two adapters use.
 """
@@ -29,7 +29,7 @@ __all__ = ["FORMS", "TASKS", "Chat", "Form", "Task"]
 
 SEED = 20
 BATCH_SIZE = 16
-NUM_STEPS = 240
+NUM_STEPS = 120
 PEAK_LR = 2e-3
 MAX_NEW_TOKENS = 40
 
@@ -62,6 +62,21 @@ class Task:
     accepts: Callable[[str], bool]
 
 
+PIRATE_WORDS = {"is": "be", "are": "be", "am": "be", "you": "ye", "your": "yer", "my": "me", "hello": "ahoy"}
+
+
+def _pirate(answer: str) -> str:
+    def word(match: re.Match[str]) -> str:
+        found = PIRATE_WORDS.get(match.group().lower(), match.group())
+        return found.capitalize() if match.group()[0].isupper() else found
+
+    return f"Arr! {re.sub(r'[A-Za-z]+', word, answer)} Yo ho ho!"
+
+
+def _is_pirate(text: str) -> bool:
+    return text.strip().startswith("Arr!") and not re.search(r"\b(is|are|you|your)\b", text)
+
+
 def _is_json_answer(text: str) -> bool:
     try:
         value = json.loads(text)
@@ -79,7 +94,7 @@ CONFIG = LoraConfig(
     base_model_name_or_path=MODEL_NAME,
 )
 TASKS: Mapping[str, Task] = {
-    "shout": Task(CONFIG, str.upper, str.isupper),
+    "pirate": Task(CONFIG, _pirate, _is_pirate),
     "json": Task(
         replace(CONFIG, use_dora=True),
         lambda answer: json.dumps({"answer": answer}, ensure_ascii=False),
@@ -89,11 +104,11 @@ TASKS: Mapping[str, Task] = {
 
 
 class Chat:
-    """The demo model in bfloat16, as it is served, ready for adapters, with its tokenizer."""
+    """The demo model, ready for adapters, with its tokenizer; in float32, which CPUs train faster than bfloat16."""
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left")
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.lora = LoraModel(self.model)
 
     def prompt(self, form: Form, question: str) -> str:
@@ -212,8 +227,10 @@ def main() -> None:
         save(chat, name, out_dir / name)
     for name, task in TASKS.items():
         evaluate(chat, {f"{name}-saved": 1.0}, task.accepts)
-    for weight in (0.5, 0.75, 1.0):
-        evaluate(chat, {f"{name}-saved": weight for name in TASKS}, lambda text: text.isupper() and "{" in text)
+    for weight in (0.75, 1.0):
+        evaluate(
+            chat, {f"{name}-saved": weight for name in TASKS}, lambda text: _is_json_answer(text) and " be " in text
+        )
 
 
 if __name__ == "__main__":

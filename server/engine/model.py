@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from server.engine.attention import ATTENTION_NAME, AttentionCall, AttentionProbe, register, use_step
 from server.engine.kv_cache import LayerShape
@@ -45,6 +46,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype, device: torch.device) ->
         InvalidRequestError: code `model_unsupported` if it is no causal language model that transformers knows, or not
             all of one.
     """
+    transformers_logging.disable_progress_bar()
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(path, **local)

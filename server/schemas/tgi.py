@@ -123,10 +123,10 @@ class GenerateRequest(Body):
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
-                {"inputs": "What is the capital of France?", "parameters": {"adapter_id": "shout"}},
+                {"inputs": "What is the capital of France?", "parameters": {"adapter_id": "pirate"}},
                 {
                     "inputs": "What is the capital of France?",
-                    "adapters": [{"name": "shout", "weight": 0.5}, {"name": "json", "weight": 0.5}],
+                    "adapters": [{"name": "pirate", "weight": 1.0}, {"name": "json", "weight": 1.0}],
                 },
             ]
         }

@@ -20,7 +20,7 @@ LEASE_FAILURE = GenerationError("the adapter cannot be loaded")
 
 @dataclass
 class FakeAdapters:
-    """A registry with few slots: an adapter takes `load_steps` steps to come and stays until somebody needs its slot."""
+    """A registry with few slots: an adapter takes `load_steps` steps to come, stays until its slot is needed."""
 
     num_slots: int
     load_steps: int = 0
