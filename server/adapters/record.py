@@ -15,9 +15,11 @@ from typing import Any
 from server.errors import InvalidRequestError
 
 __all__ = [
+    "AT_ONCE",
     "NAME_PATTERN",
     "AdapterRecord",
     "History",
+    "Publication",
     "check_labels",
     "check_name",
     "decode_history",
@@ -62,6 +64,27 @@ class AdapterRecord:
     @property
     def created_unix(self) -> int:
         return int(datetime.fromisoformat(self.created_at).timestamp())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """How an upload is published.
+
+    Attributes:
+        expected_generation: refuse unless this one is current; 0 for "there is no such adapter".
+        promote: make it the current generation; without, it is there as `name@generation`.
+        labels, note: replace those of the generation, if given.
+        source: where it comes from.
+    """
+
+    expected_generation: int | None = None
+    promote: bool = True
+    labels: Mapping[str, str] | None = None
+    note: str | None = None
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+
+AT_ONCE = Publication()
 
 
 @dataclass(frozen=True, slots=True)

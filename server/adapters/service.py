@@ -3,32 +3,22 @@
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from server.adapters.archive import ArchiveLimits, read_adapter_archive
 from server.adapters.loader import AdapterLoader
+from server.adapters.record import AT_ONCE, Publication
 from server.adapters.registry import AdapterRegistry, Lease
 from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterRecord, AdapterStore, History, check_name
 from server.durable import copy_stream
 from server.errors import InvalidAdapterError, InvalidRequestError, OverloadedError
 
-__all__ = ["AdapterService", "AdapterView", "Publication"]
+__all__ = ["AdapterService", "AdapterView"]
 
 # Uploads that are checked at once; each holds its adapter in memory a few times over.
 MAX_UPLOADS = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Publication:
-    """How an upload is published; see `AdapterStore.publish`."""
-
-    expected_generation: int | None = None
-    promote: bool = True
-    labels: Mapping[str, str] | None = None
-    note: str | None = None
-    source: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +107,7 @@ class AdapterService:
         return {record.digest: record.name for record in self._store.records()}
 
     def upload_files(
-        self, name: str, config: BinaryIO, weights: BinaryIO, publication: Publication = Publication()
+        self, name: str, config: BinaryIO, weights: BinaryIO, publication: Publication = AT_ONCE
     ) -> AdapterRecord:
         """Check and publish an adapter from its two files; durable when this returns.
 
@@ -133,11 +123,11 @@ class AdapterService:
 
         return self._upload(name, fill, publication)
 
-    def upload_archive(self, name: str, archive: BinaryIO, publication: Publication = Publication()) -> AdapterRecord:
+    def upload_archive(self, name: str, archive: BinaryIO, publication: Publication = AT_ONCE) -> AdapterRecord:
         """The same from a zip, tar or tar.gz of the adapter's folder."""
         return self._upload(name, lambda folder: read_adapter_archive(archive, folder, self._limits), publication)
 
-    def import_folder(self, name: str, source: Path, publication: Publication = Publication()) -> AdapterRecord:
+    def import_folder(self, name: str, source: Path, publication: Publication = AT_ONCE) -> AdapterRecord:
         """The same from a folder of this machine, named by whoever runs the server."""
         if not (source / CONFIG_NAME).is_file() or not (source / WEIGHTS_NAME).is_file():
             raise InvalidAdapterError(
@@ -197,16 +187,7 @@ class AdapterService:
             finally:
                 self._uploads.release()
             before = self._store.peek(name).digests
-            record = self._store.publish(
-                name,
-                folder,
-                details,
-                expected_generation=publication.expected_generation,
-                promote=publication.promote,
-                labels=publication.labels,
-                note=publication.note,
-                source=publication.source,
-            )
+            record = self._store.publish(name, folder, details, publication)
         self._forget(before - self._store.peek(name).digests)  # those that the new generation pushed out
         return record
 

@@ -21,13 +21,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from server.adapters.objects import CONFIG_NAME, FILE_NAMES, WEIGHTS_NAME, ObjectFolder, digest_of, remove
 from server.adapters.record import (
+    AT_ONCE,
     AdapterRecord,
     History,
+    Publication,
     check_labels,
     check_name,
     decode_history,
@@ -107,25 +110,11 @@ class AdapterStore:
             remove(folder)
 
     def publish(
-        self,
-        name: str,
-        folder: Path,
-        details: Mapping[str, Any],
-        *,
-        expected_generation: int | None = None,
-        promote: bool = True,
-        labels: Mapping[str, str] | None = None,
-        note: str | None = None,
-        source: Mapping[str, Any] | None = None,
+        self, name: str, folder: Path, details: Mapping[str, Any], publication: Publication = AT_ONCE
     ) -> AdapterRecord:
         """Publish the two files of a staging folder under a name; on the disk when this returns.
 
         Contents that a kept generation of the name has already are that generation, which becomes the current one.
-
-        Args:
-            expected_generation: refuse unless this one is current; 0 for "there is no such adapter".
-            promote: make it the current generation; without, it is there as `name@generation`.
-            labels, note: replace those of the generation, if given.
 
         Raises:
             InvalidRequestError: the name, the labels or the note cannot be used.
@@ -134,41 +123,30 @@ class AdapterStore:
                 may mean this.
         """
         check_name(name)
-        check_labels(labels or {}, note or "")
-        with storage_errors():
-            failpoint("upload.staged")
-            for file_name in FILE_NAMES:
-                sync_file(folder / file_name)
-            failpoint("upload.files_synced")
-            sync_folder(folder)
-            failpoint("upload.folder_synced")
-            digest = digest_of(folder)
-            num_bytes = sum((folder / file_name).stat().st_size for file_name in FILE_NAMES)
-
-        generation = 0
+        check_labels(publication.labels or {}, publication.note or "")
+        digest, num_bytes = _make_durable(folder)
+        kept_details = json.loads(json.dumps(dict(details)))
+        published: list[AdapterRecord] = []
 
         def change(old: History) -> History:
             record = next((one for one in old.generations if one.digest == digest), None)
             if record is None:
-                kept = json.loads(json.dumps([dict(details), dict(source or {})]))
-                record = AdapterRecord(name, digest, old.num_published + 1, _now(), num_bytes, kept[0], source=kept[1])
-            record = replace(
-                record,
-                labels=record.labels if labels is None else dict(labels),
-                note=record.note if note is None else note,
-            )
-            nonlocal generation
-            generation = record.generation
+                record = AdapterRecord(name, digest, old.num_published + 1, _now(), num_bytes, kept_details)
+                record = replace(record, source=dict(publication.source))
+            if publication.labels is not None:
+                record = replace(record, labels=dict(publication.labels))
+            if publication.note is not None:
+                record = replace(record, note=publication.note)
+            published.append(record)
             new = old.with_record(record)
-            if promote:
-                new = replace(new, current=generation)
+            if publication.promote:
+                new = replace(new, current=record.generation)
             return new.pruned(self._max_generations)
 
         with self._objects.using(digest):
-            new = self._change(name, expected_generation, change, before=lambda: self._objects.place(folder, digest))
-        record = new.get(generation)
-        assert record is not None
-        return record
+            place = partial(self._objects.place, folder, digest)
+            self._change(name, publication.expected_generation, change, before=place)
+        return published[0]
 
     def promote(self, name: str, generation: int, *, expected_generation: int | None = None) -> AdapterRecord:
         """Make a kept generation the current one.
@@ -368,6 +346,18 @@ class AdapterStore:
             self._histories[name] = history
         for old in outdated:
             self._objects.unuse(old.digests)
+
+
+def _make_durable(folder: Path) -> tuple[str, int]:
+    """Force a staged folder to the disk; returns its digest and its size in bytes."""
+    with storage_errors():
+        failpoint("upload.staged")
+        for file_name in FILE_NAMES:
+            sync_file(folder / file_name)
+        failpoint("upload.files_synced")
+        sync_folder(folder)
+        failpoint("upload.folder_synced")
+        return digest_of(folder), sum((folder / file_name).stat().st_size for file_name in FILE_NAMES)
 
 
 def _not_found(reference: str) -> NotFoundError:

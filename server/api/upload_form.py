@@ -10,7 +10,8 @@ from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from server.adapters.service import AdapterService, Publication
+from server.adapters.record import Publication
+from server.adapters.service import AdapterService
 from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterRecord
 from server.errors import InvalidAdapterError, InvalidRequestError
 

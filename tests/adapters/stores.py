@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from server.adapters.record import Publication
 from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterRecord, AdapterStore
 
 _holders: dict[Path, AdapterStore] = {}
@@ -28,7 +29,7 @@ def publish(
     with store.staging_folder() as folder:
         (folder / CONFIG_NAME).write_bytes(b"{}")
         (folder / WEIGHTS_NAME).write_bytes(contents.encode())
-        return store.publish(name, folder, details or {}, **options)
+        return store.publish(name, folder, details or {}, Publication(**options))
 
 
 def weights_of(store: AdapterStore, reference: str) -> str:
