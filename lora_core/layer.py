@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_core.errors import AdapterNotFoundError, UnsupportedError
 from lora_core.maths import Folded, fold
 from lora_core.ops import apply_lora
+from lora_core.quant import dequantized_weight, is_quantized, keep_layout
 from lora_core.routing import Key, Router
 from lora_core.slots import LayerSlots
 from lora_core.weights import LoraTensors
@@ -32,11 +33,13 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def linear_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as [O, I], a view where possible.
+    """The weight of a linear layer as [O, I], a view where possible, dequantized where necessary.
 
     Raises:
         UnsupportedError: the weight is not stored as plain floats.
     """
+    if is_quantized(module):
+        return dequantized_weight(module)
     weight = module.weight
     assert isinstance(weight, Tensor)
     if not weight.is_floating_point():
@@ -71,6 +74,7 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base_layer: nn.Module, router: Router, *, is_head: bool = False) -> None:
         super().__init__()
+        keep_layout(base_layer)
         self.base_layer = base_layer
         self.out_features, self.in_features = linear_shape(base_layer)
         self.router = router
