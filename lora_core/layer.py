@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.errors import AdapterNotFoundError, UnsupportedError
-from lora_core.maths import Folded, fold
+from lora_core.maths import Folded, delta_weight, dora_gain, fold
 from lora_core.ops import apply_lora
 from lora_core.quant import dequantized_weight, is_quantized, keep_layout
 from lora_core.routing import Key, Router
@@ -148,6 +148,30 @@ class LoraLinear(nn.Module):
         if name in self.lora_magnitude_vector:
             magnitude = cast(MagnitudeVector, self.lora_magnitude_vector[name]).weight
         return LoraTensors(a.weight, b.weight, b.bias, magnitude)
+
+    def has_factors(self, name: object) -> bool:
+        return name in self.scaling
+
+    def matrix(self) -> Tensor:
+        """The base weight as [O, I]; a view where possible."""
+        return linear_weight(self.base_layer)
+
+    def delete(self, name: str) -> None:
+        """Forget an adapter; harmless if it has no part here."""
+        for parts in (self.lora_A, self.lora_B, self.lora_dropout, self.lora_magnitude_vector):
+            if name in parts:
+                del parts[name]
+        self.scaling.pop(name, None)
+
+    def delta_matrix(self, name: str) -> Tensor:
+        """[O, I]: s·B·A, or diag(gain)·(W0 + s·B·A) - W0 for DoRA."""
+        part, scaling = self.tensors(name), self.scaling[name]
+        delta = delta_weight(part.lora_A, part.lora_B, scaling)
+        if part.magnitude is None:
+            return delta
+        weight = self.matrix().to(delta.dtype)
+        gain = dora_gain(part.magnitude, weight, part.lora_A, part.lora_B, scaling)
+        return gain[:, None] * (weight + delta) - weight
 
     def folded(self, key: Key) -> Folded | None:
         """The adapter folded afresh from its parameters, differentiable (`AdapterSource`)."""

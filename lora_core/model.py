@@ -160,6 +160,18 @@ class LoraModel(nn.Module):
         self.active_adapters = names
         self._freeze_inactive()
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            AdapterNotFoundError: it does not exist.
+        """
+        self._require(adapter_name)
+        for layer in self.layers.values():
+            layer.delete(adapter_name)
+        del self.peft_config[adapter_name]
+        self.set_adapter([name for name in self.active_adapters if name != adapter_name])
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self.router.use(Route.uniform(dict.fromkeys(self.active_adapters, 1.0))):
             return self.model(*args, **kwargs)
