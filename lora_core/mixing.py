@@ -152,7 +152,7 @@ def svd_factors(delta: Tensor, rank: int, options: MixOptions | None = None) -> 
     options = options or MixOptions(svd_full_matrices=False)
     if options.svd_driver is not None and not delta.is_cuda:
         raise ConfigError("`svd_driver` chooses among cuSOLVER's methods: it needs the tensors on CUDA")
-    u, s, vh = torch.linalg.svd(delta.float(), full_matrices=options.svd_full_matrices, driver=options.svd_driver)
+    u, s, vh = torch.linalg.svd(_full(delta), full_matrices=options.svd_full_matrices, driver=options.svd_driver)
     lora_b, lora_a = u[:, : min(rank, len(s))] * s[:rank], vh[: min(rank, len(s))]
     if options.svd_clamp is not None:
         lora_a, lora_b = _clamped(lora_a, lora_b, options.svd_clamp)
@@ -185,12 +185,17 @@ def _mix_by_svd(parts: Sequence[MixPart], options: MixOptions, rank: int, transp
 def _svd_of_product(parts: Sequence[MixPart], rank: int) -> LoraTensors:
     """The same as `svd_factors` of Σ w·s·B·A, without ever forming it: the SVD of R_B·R_Aᵀ between two QRs."""
     stacked = mix_module(parts, MixOptions(combination_type="cat"), rank)
-    q_b, r_b = torch.linalg.qr(stacked.lora_B.float())
-    q_a, r_a = torch.linalg.qr(stacked.lora_A.float().T)
+    q_b, r_b = torch.linalg.qr(_full(stacked.lora_B))
+    q_a, r_a = torch.linalg.qr(_full(stacked.lora_A).T)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     dtype = stacked.lora_A.dtype
     lora_b = (q_b @ u[:, :rank]) * s[:rank]
     return _filled_up((vh[:rank] @ q_a.T).to(dtype), lora_b.to(dtype), rank)
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """LAPACK has no half precision."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _filled_up(lora_a: Tensor, lora_b: Tensor, rank: int) -> LoraTensors:

@@ -63,17 +63,7 @@ def add_weighted_adapter(
         ConfigError: the name is taken, an option is wrong, or ranks differ where the type needs equal ones.
         UnsupportedError: a source has full weights, trained biases, or DoRA with a type that works on factors.
     """
-    if adapter_name in model.peft_config:
-        raise ConfigError(f"Adapter with name '{adapter_name}' already exists.")
-    if not adapters or len(adapters) != len(weights):
-        raise ConfigError(
-            f"{len(adapters)} adapters and {len(weights)} weights: there must be as many, and one at least"
-        )
-    for name in adapters:
-        if name not in model.peft_config:
-            raise AdapterNotFoundError(f"Adapter {name} does not exist")
-    configs = [model.peft_config[name] for name in adapters]
-    _check_factors_only(adapters, configs)
+    configs = _checked_configs(model, adapters, weights, adapter_name)
     keeps_dora = len(adapters) == 1 and configs[0].use_dora and weights[0] == 1
     if len(adapters) == 1 and (keeps_dora or not configs[0].use_dora):
         combination_type = "linear"
@@ -101,13 +91,25 @@ def add_weighted_adapter(
         raise
 
 
-def _check_factors_only(adapters: Sequence[str], configs: Sequence[LoraConfig]) -> None:
-    for name, config in zip(adapters, configs, strict=True):
+def _checked_configs(
+    model: "LoraModel", adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+) -> list[LoraConfig]:
+    if adapter_name in model.peft_config:
+        raise ConfigError(f"Adapter with name '{adapter_name}' already exists.")
+    if not adapters or len(adapters) != len(weights):
+        raise ConfigError(
+            f"{len(adapters)} adapters and {len(weights)} weights: there must be as many, and one at least"
+        )
+    for name in adapters:
+        config = model.peft_config.get(name)
+        if config is None:
+            raise AdapterNotFoundError(f"Adapter {name} does not exist")
         for field in FULL_WEIGHTS:
             if getattr(config, field, None):
                 raise UnsupportedError(f"adapter {name} has `{field}`, which has no factors to combine")
         if getattr(config, "bias", "none") != "none":
             raise UnsupportedError(f"adapter {name} trains biases (`bias`), which cannot be combined")
+    return [model.peft_config[name] for name in adapters]
 
 
 def _layers(model: "LoraModel", adapters: Sequence[str]) -> dict[str, Any]:

@@ -40,9 +40,15 @@ SOURCES: dict[str, dict[str, Any]] = {
 }
 
 
-def both(architecture: str, names: list[str], seed: int, tmp_path: Path) -> tuple[LoraModel, Any]:
-    """Our model and PEFT's, with the same adapters."""
-    base = tiny_model(architecture, seed)
+def both(
+    architecture: str, names: list[str], seed: int, tmp_path: Path, dtype: torch.dtype = torch.float32
+) -> tuple[LoraModel, Any]:
+    """Our model and PEFT's, with the same adapters.
+
+    Args:
+        dtype: an SVD cut where two singular values are close says little in float32: float64 decides.
+    """
+    base = tiny_model(architecture, seed).to(dtype)
     theirs: Any = None
     ours = LoraModel(copy.deepcopy(base)).eval()
     for i, name in enumerate(names):
@@ -88,7 +94,8 @@ def assert_near(found: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize("kind", COMBINATION_TYPES)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_every_type_equals_peft(architecture: str, kind: str, seed: int, tmp_path: Path) -> None:
-    ours, theirs = both(architecture, ["lora", "alpha", "rslora"], seed, tmp_path)
+    dtype = torch.float64 if kind in SVD_TYPES else torch.float32
+    ours, theirs = both(architecture, ["lora", "alpha", "rslora"], seed, tmp_path, dtype)
     for method in ("total", "frequency") if "ties" in kind else ("total",):
         options = {"combination_type": kind, "density": 0.6, "majority_sign_method": method}
         args = (["lora", "alpha", "rslora"], [0.7, -1.3, 0.4], method)
@@ -99,7 +106,7 @@ def test_every_type_equals_peft(architecture: str, kind: str, seed: int, tmp_pat
 
 @pytest.mark.parametrize("options", [{}, {"svd_rank": 3}, {"svd_rank": 2, "svd_clamp": 0.9}, {"svd_rank": 10}], ids=str)
 def test_svd_options_equal_peft(options: dict[str, Any], seed: int, tmp_path: Path) -> None:
-    ours, theirs = both("llama", ["lora", "wide"], seed, tmp_path)
+    ours, theirs = both("llama", ["lora", "wide"], seed, tmp_path, torch.float64)
     for full in (True, False):
         mix_both(ours, theirs, seed, ["lora", "wide"], [0.5, 0.8], str(full), svd_full_matrices=full, **options)
         assert_equal_deltas(ours, theirs, str(full))
@@ -108,9 +115,10 @@ def test_svd_options_equal_peft(options: dict[str, Any], seed: int, tmp_path: Pa
 @pytest.mark.parametrize("kind", ["cat", "svd", "ties_svd", "dare_linear_svd"])
 def test_unequal_ranks_equal_peft_and_are_saved(kind: str, seed: int, tmp_path: Path) -> None:
     names = ["patterns", "wide"]
-    ours, theirs = both("llama", names, seed, tmp_path)
+    ours, theirs = both("llama", names, seed, tmp_path, torch.float64)
     mix_both(ours, theirs, seed, names, [0.5, -0.8], "mix", combination_type=kind, density=0.5)
     assert_equal_deltas(ours, theirs, "mix")
+    ours.float()
     assert_loads_in_peft(ours, seed, tmp_path)
 
 
