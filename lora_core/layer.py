@@ -106,7 +106,7 @@ class LoraLayer(AdapterModule):
         """[O, I] as the base layer stores it."""
         raise NotImplementedError
 
-    def make_factors(self, r: int, *, bias: bool, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    def make_factors(self, r: int, *, bias: bool) -> tuple[nn.Module, nn.Module]:
         """Modules for A and B, initialised as PyTorch does, in the order in which PEFT draws."""
         raise NotImplementedError
 
@@ -162,15 +162,14 @@ class LoraLayer(AdapterModule):
         dropout: float = 0.0,
     ) -> None:
         """Create an adapter's parameters with PyTorch's own starting values; `lora_core.init` sets PEFT's."""
-        a, b = self.make_factors(r, bias=lora_bias, dtype=self.adapter_dtype)
-        self.lora_A[name], self.lora_B[name] = a.to(self.device), b.to(self.device)
+        place: dict[str, Any] = {"device": self.device, "dtype": self.adapter_dtype}
+        a, b = self.make_factors(r, bias=lora_bias)
+        self.lora_A[name], self.lora_B[name] = a.to(**place), b.to(**place)
         self.r[name], self.lora_alpha[name], self.scaling[name] = r, lora_alpha, scaling
         if dropout > 0:
             self.lora_dropout[name] = nn.Dropout(dropout)
         if use_dora:
-            shape = self.magnitude_shape()
-            empty = torch.empty(shape, dtype=self.adapter_dtype, device=self.device)
-            self.lora_magnitude_vector[name] = MagnitudeVector(empty)
+            self.lora_magnitude_vector[name] = MagnitudeVector(torch.empty(self.magnitude_shape(), **place))
 
     def add_bias(self, name: str) -> None:
         """Let the adapter train the base layer's bias: a copy of its own."""
@@ -305,9 +304,8 @@ class LoraLinear(LoraLayer):
     def weight_of(self, matrix: Tensor) -> Tensor:
         return matrix.T if is_conv1d(self.base_layer) else matrix
 
-    def make_factors(self, r: int, *, bias: bool, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-        a = nn.Linear(self.in_features, r, bias=False, dtype=dtype)
-        return a, nn.Linear(r, self.out_features, bias=bias, dtype=dtype)
+    def make_factors(self, r: int, *, bias: bool) -> tuple[nn.Module, nn.Module]:
+        return nn.Linear(self.in_features, r, bias=False), nn.Linear(r, self.out_features, bias=bias)
 
     def shrink(self, x: Tensor, a: Tensor) -> Tensor:
         return F.linear(x, a)

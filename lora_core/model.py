@@ -20,6 +20,7 @@ from lora_core.merging import merge_adapters, unmerge_adapters
 from lora_core.routing import Route, Router, Run
 from lora_core.state import INJECTED, adapter_state, base_embeddings
 from lora_core.targets import with_default_targets
+from lora_core.weighted import add_weighted_adapter
 from lora_core.weights import AdapterWeights, LoraTensors
 
 __all__ = ["BASE_NAME", "LoraModel", "get_peft_model", "inject_adapter_in_model"]
@@ -226,6 +227,17 @@ class LoraModel(nn.Module):
             for parameter in module.state(name).values():
                 if parameter.is_floating_point() and isinstance(parameter, nn.Parameter):
                     parameter.requires_grad_(trainable)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        **options: Any,
+    ) -> None:
+        """Combine adapters into a new one; options and errors as in `lora_core.weighted.add_weighted_adapter`."""
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, **options)
 
     # Merging.
 
