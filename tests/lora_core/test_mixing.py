@@ -5,6 +5,7 @@ import math
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peft
 import pytest
@@ -43,11 +44,7 @@ SOURCES: dict[str, dict[str, Any]] = {
 def both(
     architecture: str, names: list[str], seed: int, tmp_path: Path, dtype: torch.dtype = torch.float32
 ) -> tuple[LoraModel, Any]:
-    """Our model and PEFT's, with the same adapters.
-
-    Args:
-        dtype: an SVD cut where two singular values are close says little in float32: float64 decides.
-    """
+    """Our model and PEFT's, with the same adapters."""
     base = tiny_model(architecture, seed).to(dtype)
     theirs: Any = None
     ours = LoraModel(copy.deepcopy(base)).eval()
@@ -64,11 +61,30 @@ def both(
 
 
 def mix_both(ours: LoraModel, theirs: Any, seed: int, *args: Any, **options: Any) -> None:
-    for model, add in ((ours, lambda *a, **k: add_weighted_adapter(ours, *a, **k)), (theirs, None)):
+    """Mix in both under the same seed.
+
+    Both draw the new adapter's starting values first, equally many but in float64; there both are seeded again after.
+    """
+    add, freeze = ours.add_adapter, peft.tuners.lora.model._freeze_adapter
+
+    def seeded_again(function: Any) -> Any:
+        def call(*args: Any) -> None:
+            function(*args)
+            if next(ours.model.parameters()).dtype == torch.float64:
+                torch.manual_seed(seed)
+
+        return call
+
+    with (
+        warnings.catch_warnings(),
+        mock.patch.object(ours, "add_adapter", seeded_again(add)),
+        mock.patch.object(peft.tuners.lora.model, "_freeze_adapter", seeded_again(freeze)),
+    ):
+        warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            (add or model.add_weighted_adapter)(*args, **options)
+        add_weighted_adapter(ours, *args, **options)
+        torch.manual_seed(seed)
+        theirs.add_weighted_adapter(*args, **options)
 
 
 def matrix(model: Any, name: str, adapter: str) -> Tensor:
@@ -91,11 +107,15 @@ def assert_near(found: Tensor, wanted: Tensor) -> None:
     assert (found - wanted).norm() <= 1e-5 * wanted.norm(), float((found - wanted).norm() / wanted.norm())
 
 
+def svd_dtype(kind: str) -> torch.dtype:
+    """An SVD that is cut where two singular values are close says little in float32."""
+    return torch.float64 if kind in SVD_TYPES else torch.float32
+
+
 @pytest.mark.parametrize("kind", COMBINATION_TYPES)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_every_type_equals_peft(architecture: str, kind: str, seed: int, tmp_path: Path) -> None:
-    dtype = torch.float64 if kind in SVD_TYPES else torch.float32
-    ours, theirs = both(architecture, ["lora", "alpha", "rslora"], seed, tmp_path, dtype)
+    ours, theirs = both(architecture, ["lora", "alpha", "rslora"], seed, tmp_path, svd_dtype(kind))
     for method in ("total", "frequency") if "ties" in kind else ("total",):
         options = {"combination_type": kind, "density": 0.6, "majority_sign_method": method}
         args = (["lora", "alpha", "rslora"], [0.7, -1.3, 0.4], method)
@@ -115,7 +135,7 @@ def test_svd_options_equal_peft(options: dict[str, Any], seed: int, tmp_path: Pa
 @pytest.mark.parametrize("kind", ["cat", "svd", "ties_svd", "dare_linear_svd"])
 def test_unequal_ranks_equal_peft_and_are_saved(kind: str, seed: int, tmp_path: Path) -> None:
     names = ["patterns", "wide"]
-    ours, theirs = both("llama", names, seed, tmp_path, torch.float64)
+    ours, theirs = both("llama", names, seed, tmp_path, svd_dtype(kind))
     mix_both(ours, theirs, seed, names, [0.5, -0.8], "mix", combination_type=kind, density=0.5)
     assert_equal_deltas(ours, theirs, "mix")
     ours.float()
