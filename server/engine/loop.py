@@ -19,7 +19,7 @@ from server.engine.request import Event, Failed, Finished, FinishReason, Generat
 from server.engine.runner import ModelRunner
 from server.engine.sampling import Sampled, prompt_logprobs, sample
 from server.engine.scheduler import Scheduler, Step
-from server.errors import GenerationError, InvalidRequestError, OverloadedError, UnavailableError
+from server.errors import ContextLengthError, GenerationError, InvalidRequestError, OverloadedError, UnavailableError
 
 __all__ = ["EngineLoop", "EngineStats"]
 
@@ -105,15 +105,11 @@ class EngineLoop:
         """Refuse what can never fit.
 
         Raises:
-            InvalidRequestError: the sequence would be longer than the context.
+            ContextLengthError: the sequence would be longer than the context.
         """
         limit = self.runner.max_model_len
         if num_prompt_tokens + max_new_tokens > limit:
-            raise InvalidRequestError(
-                f"`inputs` tokens + `max_new_tokens` must be <= {limit}. "
-                f"Given: {num_prompt_tokens} `inputs` tokens and {max_new_tokens} `max_new_tokens`",
-                code="context_length_exceeded",
-            )
+            raise ContextLengthError(limit, num_prompt_tokens, max_new_tokens)
 
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request; from here on the engine owns its lease.
