@@ -10,6 +10,7 @@ from tests.architecture.source_tree import Source, sources
 # For the modules under a prefix (the longest that fits): packages from outside that they may use, ...
 EXTERNAL: dict[str, set[str]] = {
     "lora_core": {"regex", "safetensors", "torch"},
+    "lora_core.quant": {"bitsandbytes", "torch"},
     "server.adapters": {"torch"},
     "server.adapters.archive": set(),
     "server.adapters.registry": set(),
