@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from server.engine import EngineLoop, Event, Failed, Finished, GenerationRequest, Token, TokenLogprob
@@ -89,11 +89,13 @@ class GenerationGroup:
 
     Attributes:
         generations: the sequences; those of one prompt stand side by side.
+        adapter_generations: by name, of the adapters that answer.
     """
 
     def __init__(self, engine: EngineLoop) -> None:
         self.timing = Timing()
         self.generations: list[Generation] = []
+        self.adapter_generations: Mapping[str, int] = {}
         self._engine = engine
         self._events: deque[tuple[int, Event]] = deque()
         self._has_event = asyncio.Event()

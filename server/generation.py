@@ -18,10 +18,17 @@ __all__ = ["AdapterDirectory", "GenerationService", "GenerationTask"]
 MAX_SEEDS = 1 << 64
 
 
+class NamedLease(AdapterLease, Protocol):
+    """A lease that knows under which names and generations it was asked for."""
+
+    @property
+    def generations(self) -> Mapping[str, int]: ...
+
+
 class AdapterDirectory(Protocol):
     """Turns names into leases."""
 
-    def open_lease(self, weights: Mapping[str, float]) -> AdapterLease | None: ...
+    def open_lease(self, weights: Mapping[str, float]) -> NamedLease | None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,10 +92,12 @@ class GenerationService:
         if self._is_draining:
             raise UnavailableError("the server is shutting down", code="draining")
         group = GenerationGroup(self.engine)
-        leases: list[AdapterLease | None] = []
+        leases: list[NamedLease | None] = []
         num_submitted = 0
         try:
             leases += (self._adapters.open_lease(task.adapters) for _ in range(len(task.prompts) * task.num_sequences))
+            if leases[0] is not None:
+                group.adapter_generations = leases[0].generations
             prompts, constraints = await asyncio.to_thread(self._prepare, task)
             sampling = self._checked_sampling(task, prompts)
             for i, lease in enumerate(leases):

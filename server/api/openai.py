@@ -140,7 +140,10 @@ def adapter_header(request: Request) -> str | None:
 
 
 def _headers(call: OpenAICall) -> dict[str, str]:
-    return {"x-adapter-id": ",".join(call.weights)} if call.weights else {}
+    if not call.weights:
+        return {}
+    generations = ",".join(map(str, call.group.adapter_generations.values()))
+    return {"x-adapter-id": ",".join(call.weights), "x-adapter-generation": generations}
 
 
 async def _collect(call: OpenAICall) -> None:

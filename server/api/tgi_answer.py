@@ -102,6 +102,8 @@ class TgiAnswer:
             headers["x-adapter-id"] = ",".join(self._weights)
             headers["x-adapter-source"] = "local"
         group = self._group
+        if group.adapter_generations:
+            headers["x-adapter-generation"] = ",".join(map(str, group.adapter_generations.values()))
         timing = group.timing
         headers["x-prompt-tokens"] = str(group.num_prompt_tokens)
         if timing.first_token_s is not None and timing.finished_s is not None:
