@@ -16,6 +16,7 @@ class Settings(BaseModel):
     Attributes:
         model: "demo", or a local Hugging Face folder.
         slot_memory, host_memory: None for a quarter of what is free once the model is loaded.
+        model_aliases: more names for the base model, which some clients send when nobody named one.
         adapters: adapters to import at the start, folder by name; a name that the store knows already is left alone.
     """
 
@@ -29,6 +30,7 @@ class Settings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     adapters: dict[str, Path] = Field(default_factory=dict)
     served_model_name: str | None = None
+    model_aliases: tuple[str, ...] = ("tgi", "dummy")
 
     threads: int | None = Field(None, ge=1)
     max_running: int = Field(32, ge=1, le=1024)

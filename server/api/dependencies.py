@@ -5,11 +5,13 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from server.adapters.service import AdapterService
+from server.api.model_names import ModelNames
+from server.api.openai import Services
 from server.generation import GenerationService
 from server.metrics import Metrics
 from server.schemas.system import Info
 
-__all__ = ["Adapters", "Generations", "ServedMetrics", "ServedModel"]
+__all__ = ["Adapters", "Generations", "Names", "OpenAIServices", "ServedMetrics", "ServedModel"]
 
 
 def _adapters(request: Request) -> AdapterService:
@@ -24,11 +26,24 @@ def _metrics(request: Request) -> Metrics:
     return request.app.state.metrics
 
 
+def _names(request: Request) -> ModelNames:
+    return request.app.state.names
+
+
 def _info(request: Request) -> Info:
     return request.app.state.info
 
 
 Adapters = Annotated[AdapterService, Depends(_adapters)]
 Generations = Annotated[GenerationService, Depends(_generations)]
+
+
+def _services(request: Request) -> Services:
+    state = request.app.state
+    return Services(state.generations, state.names, state.metrics, state.fingerprint)
+
+
+Names = Annotated[ModelNames, Depends(_names)]
 ServedMetrics = Annotated[Metrics, Depends(_metrics)]
 ServedModel = Annotated[Info, Depends(_info)]
+OpenAIServices = Annotated[Services, Depends(_services)]

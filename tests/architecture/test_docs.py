@@ -7,7 +7,7 @@ import pytest
 from fastapi import FastAPI
 from typer.main import get_command
 
-from server.api import admin, system, tgi, tiers
+from server.api.routers import ROUTERS
 from server.cli import app as cli
 from server.settings import Settings
 from tests.architecture.source_tree import ROOT, sources
@@ -37,7 +37,8 @@ def test_every_code_is_in_the_readme(code: str) -> None:
 def test_every_flag_is_a_setting_and_in_the_readme() -> None:
     flags = {name for option in get_command(cli).commands["serve"].params for name in option.opts}
     settings = {"--" + name.replace("_", "-") for name in Settings.model_fields}
-    assert flags - {"--adapter"} == settings - {"--adapters"}
+    repeated = {"--adapter": "--adapters", "--model-alias": "--model-aliases"}
+    assert {repeated.get(flag, flag) for flag in flags} == settings
     for flag in flags:
         assert f"`{flag}" in README, flag
 
@@ -49,7 +50,7 @@ def test_every_flag_can_come_from_the_environment() -> None:
 
 def test_every_route_is_in_the_readme() -> None:
     app = FastAPI()
-    for router in (admin.router, system.router, tgi.router, tiers.router):
+    for router in ROUTERS:
         app.include_router(router)
     for path, methods in app.openapi()["paths"].items():
         shown = re.sub(r"\{model_id\}", "{id}", path)
