@@ -6,7 +6,7 @@ them (`lora_A`, `lora_B`, `lora_magnitude_vector`), or, in a server, the layer's
 """
 
 import math
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,13 @@ class MagnitudeVector(nn.Module):
         self.weight = nn.Parameter(value)
 
 
+class _SharedOutput(Protocol):
+    """Computes several layers as one (`lora_core.shared`)."""
+
+    def output(self, member: "LoraLinear", x: Tensor, /) -> Tensor:
+        """The member's output, adapters included."""
+
+
 class LoraLinear(nn.Module):
     """A linear layer with adapters.
 
@@ -76,6 +83,7 @@ class LoraLinear(nn.Module):
         self.router = router
         self.is_head = is_head
         self.slots: LayerSlots | None = None
+        self.shared: _SharedOutput | None = None
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
         self.lora_dropout = nn.ModuleDict()
@@ -98,6 +106,8 @@ class LoraLinear(nn.Module):
         return self.base_layer
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.shared is not None and not torch.is_grad_enabled():
+            return self.shared.output(self, x)
         y: Tensor = self.base_layer(x, *args, **kwargs)
         route = self.router.head_route if self.is_head else self.router.route
         if route is None or route.is_base:

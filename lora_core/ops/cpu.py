@@ -20,7 +20,7 @@ from lora_core.slots import LayerSlots, Layout
 if TYPE_CHECKING:
     from lora_core.ops import AdapterSource
 
-__all__ = ["apply"]
+__all__ = ["apply", "apply_segments"]
 
 # A segment's calls cost about as much as this many (token, rank row) pairs in the dense form: measured at 576 to 1,536
 # features in bf16, where 8 adapters of ranks 8 to 64 break even between 256 and 1,024 tokens.
@@ -35,10 +35,11 @@ def apply(y: Tensor, x: Tensor, adapters: "AdapterSource", route: Route, base_bi
             return y
         if isinstance(plan, _Dense):
             return _apply_dense(y, x, adapters, plan, base_bias)
-    return _apply_segments(y, x, adapters, route, base_bias)
+    return apply_segments(y, x, adapters, route, base_bias)
 
 
-def _apply_segments(y: Tensor, x: Tensor, adapters: "AdapterSource", route: Route, base_bias: Tensor | None) -> Tensor:
+def apply_segments(y: Tensor, x: Tensor, adapters: "AdapterSource", route: Route, base_bias: Tensor | None) -> Tensor:
+    """The form for many tokens; as `apply`."""
     tokens_per_row = x.shape[0] // route.num_rows
     updates = []
     for key, segments in route.segments.items():

@@ -101,11 +101,10 @@ def _attention_group(
 ) -> AttentionGroup:
     width = -(-max(chunk.stop for chunk in chunks) // block_size)
     table = [(chunk.request.block_ids + [NULL_BLOCK] * width)[:width] for chunk in chunks]
-    lengths = [chunk.stop for chunk in chunks]
     return AttentionGroup(
         start,
         stop,
         blocks=torch.tensor(table, device=device),
-        lengths=torch.tensor(lengths, device=device),
+        lengths=[chunk.stop for chunk in chunks],
         num_queries=chunks[0].num_tokens,
     )
