@@ -9,7 +9,7 @@ Every kind of layer is a linear map underneath, and says how: its weight as a ma
 """
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ HALF = (torch.float16, torch.bfloat16)
 
 def is_linear(module: nn.Module) -> bool:
     """True for nn.Linear and its subclasses, GPT-2's Conv1D, or one of them that is wrapped already."""
+    while isinstance(module, AdapterModule) and not isinstance(module, LoraLinear):
+        module = module.get_base_layer()
     return isinstance(module, nn.Linear | LoraLinear) or is_conv1d(module)
 
 
@@ -65,6 +67,13 @@ class MagnitudeVector(nn.Module):
         self.weight = nn.Parameter(value)
 
 
+class _SharedOutput(Protocol):
+    """Computes several layers as one (`lora_core.shared`)."""
+
+    def output(self, member: "LoraLinear", x: Tensor, /) -> Tensor:
+        """The member's output, adapters included."""
+
+
 class LoraLayer(AdapterModule):
     """A layer with adapters; subclasses know the kind of layer.
 
@@ -82,6 +91,7 @@ class LoraLayer(AdapterModule):
         keep_layout(base_layer)
         self.out_features, self.in_features = self.shape_of(base_layer)
         self.slots: LayerSlots | None = None
+        self.shared: _SharedOutput | None = None
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
         self.lora_dropout = nn.ModuleDict()
@@ -309,6 +319,11 @@ class LoraLinear(LoraLayer):
 
     def shrink(self, x: Tensor, a: Tensor) -> Tensor:
         return F.linear(x, a)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.shared is not None and not torch.is_grad_enabled():
+            return self.shared.output(self, x)
+        return super().forward(x, *args, **kwargs)
 
     def adapt(self, y: Tensor, x: Tensor, route: Route) -> Tensor:
         rows = y.reshape(-1, y.shape[-1])

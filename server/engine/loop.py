@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.engine.batch import PromptRows, build_batch
+from server.engine.batch import PromptRows, RouteMemo, build_batch
 from server.engine.blocks import BlockPool
 from server.engine.request import Event, Failed, Finished, FinishReason, GenerationRequest, Token
 from server.engine.runner import ModelRunner
@@ -80,6 +80,7 @@ class EngineLoop:
         config = runner.config
         self._pool = BlockPool(runner.cache.num_blocks, config.block_size)
         self._scheduler = Scheduler(self._pool, max_running=config.max_running, max_step_tokens=config.max_step_tokens)
+        self._routes = RouteMemo()
         self._lock = threading.Lock()
         self._awake = threading.Event()
         self._submitted: list[GenerationRequest] = []
@@ -211,7 +212,7 @@ class EngineLoop:
 
     def _compute(self, step: Step) -> int:
         """Run a step's chunks and pass on what they give; returns the number of new tokens."""
-        batch = build_batch(step, self._pool.block_size, self.runner.device)
+        batch = build_batch(step, self._pool.block_size, self.runner.device, self._routes)
         logits = self.runner.forward(batch)
         for rows in batch.prompt_rows:
             _note_prompt(rows, logits)

@@ -338,7 +338,8 @@ def test_the_fast_svd_equals_the_dense_one(monkeypatch: pytest.MonkeyPatch) -> N
         delta = sum(part.weight * part.scaling * part.tensors.lora_B @ part.tensors.lora_A for part in parts)
         dense = svd_factors(delta, rank)
         assert fast.lora_A.shape == dense.lora_A.shape == (rank, 40)
-        assert_near(fast.lora_B @ fast.lora_A, dense.lora_B @ dense.lora_A)
+        difference = fast.lora_B @ fast.lora_A - dense.lora_B @ dense.lora_A
+        assert difference.norm() <= 1e-4 * delta.norm()  # where two singular values are close, the cut is unstable
         kept = min(rank, 10)
         signs = (fast.lora_A * dense.lora_A)[:kept].sum(dim=1).sign()
         torch.testing.assert_close(fast.lora_A[:kept] * signs[:, None], dense.lora_A[:kept], rtol=1e-3, atol=1e-4)

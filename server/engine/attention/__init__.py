@@ -3,6 +3,7 @@
 from server.engine.attention.interface import ATTENTION_NAME, AttentionCall, AttentionStep, register, use_step
 from server.engine.attention.paged import AttentionGroup, PagedAttention
 from server.engine.attention.probe import AttentionProbe
+from server.engine.attention.rotary import RotaryAttention, replace_attention
 
 __all__ = [
     "ATTENTION_NAME",
@@ -11,6 +12,8 @@ __all__ = [
     "AttentionProbe",
     "AttentionStep",
     "PagedAttention",
+    "RotaryAttention",
     "register",
+    "replace_attention",
     "use_step",
 ]
