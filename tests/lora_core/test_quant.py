@@ -143,10 +143,13 @@ def test_adapters_on_a_quantized_base_equal_peft(kind: str, variant: str, seed: 
 def test_dora_on_int8_scales_what_the_layer_computes() -> None:
     full = nn.Linear(64, 96)
     base, layer = quantized_linear(full, "int8"), LoraLinear(quantized_linear(full, "int8"), Router())
-    layer.add_adapter("default", 4, 2.0, use_dora=True)
+    layer.add_adapter("default", 4, 8, 2.0, use_dora=True)
     with torch.no_grad():
         for parameter in (*layer.lora_A.parameters(), *layer.lora_B.parameters()):
             parameter.normal_()
+    layer.reset_magnitude("default")
+    with torch.no_grad():
+        layer.tensors("default").magnitude.mul_(torch.rand(96) + 0.5)
     part, x = layer.tensors("default"), torch.randn(5, 64)
     merged = dequantized_weight(base) + 2.0 * part.lora_B @ part.lora_A
     gain = part.magnitude / merged.norm(dim=1)
