@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lora_core.adapter_module import AdapterModule
 from lora_core.errors import AdapterNotFoundError, UnsupportedError
-from lora_core.maths import Folded, delta_weight, dora_gain, fold
+from lora_core.maths import Folded, dora_gain, fold, weight_change
 from lora_core.ops import apply_rows
 from lora_core.quant import dequantized_weight, is_quantized, keep_layout, quantized_like
 from lora_core.routing import Key, Route, Router
@@ -263,13 +263,8 @@ class LoraLayer(AdapterModule):
 
     def delta_matrix(self, name: str) -> Tensor:
         """[O, I]: s·B·A, or diag(gain)·(W0 + s·B·A) - W0 for DoRA."""
-        part, scaling = self.tensors(name), self.scaling[name]
-        delta = delta_weight(part.lora_A, part.lora_B, scaling)
-        if part.magnitude is None:
-            return delta
-        weight = self.matrix().to(delta.dtype)
-        gain = dora_gain(part.magnitude, weight, part.lora_A, part.lora_B, scaling)
-        return gain[:, None] * (weight + delta) - weight
+        part = self.tensors(name)
+        return weight_change(part, self.scaling[name], None if part.magnitude is None else self.matrix())
 
     def merged_parameters(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}

@@ -22,6 +22,7 @@ __all__ = [
     "DEFAULT_TARGETS",
     "Parts",
     "Target",
+    "match_names",
     "match_targets",
     "output_embedding_name",
     "resolve",
@@ -135,7 +136,7 @@ def resolve_targets(config: LoraConfig, model: nn.Module) -> list[Target]:
         config = with_default_targets(config, model)
         if config.target_modules is None and config.target_parameters:
             return []
-        names = _matching(config, candidates)
+        names = match_names(config, candidates)
         wrong = next((name for name in names if not _can_adapt(modules[name])), None)
         if wrong is not None:
             raise TargetError(
@@ -254,7 +255,8 @@ def with_default_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
     return replace(config, target_modules=DEFAULT_TARGETS[model_type])
 
 
-def _matching(config: LoraConfig, names: Iterable[str]) -> list[str]:
+def match_names(config: LoraConfig, names: Iterable[str]) -> list[str]:
+    """Those of the names that `target_modules`, a list or a regular expression, chooses, less the excluded ones."""
     targets = config.target_modules
     if isinstance(targets, str):
         pattern = BoundedPattern(targets)
