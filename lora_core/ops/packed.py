@@ -24,6 +24,7 @@ from lora_core.slots import Extent, LayerSlots, Layout
 
 __all__ = ["AdapterPacker", "GroupAdapters"]
 
+MAX_BLANKS = 150_000
 # Runs of at most so many tokens are computed together with others.
 MAX_TOGETHER = 4
 # Packed again, without what is no longer used, when so many times on end less than this share was in use.
@@ -43,12 +44,10 @@ class _Columns:
 
 
 class _Member(NamedTuple):
-    """One member's part of the first rows: its columns [start, stop) of h, and what each row wants of them."""
+    """What each row wants of one member's part of h."""
 
-    start: int
-    stop: int
-    keep: Tensor  # [n, stop - start]
-    scale: Tensor | None  # [n, stop - start] weights, or None where all are 1
+    keep: Tensor  # [n, R_m]
+    scale: Tensor  # [n, R_m] weights
     gain_slots: Tensor | None  # [K] slots with a gain
     gain_weights: Tensor | None  # [n, K]
     bias_slots: Tensor | None
@@ -61,12 +60,16 @@ class _Plan:
 
     Attributes:
         num_together: n, the rows computed together.
-        columns: the packing that `members` is for; None if these rows want nothing of the group's.
+        columns: the packing that the rest is for; None if these rows want nothing of the group's.
+        keep: [n, ΣR] which rank rows of h each row wants.
+        scale: [n, ΣR] their weights, or None where all are 1.
         tail: the route of the rows behind them, if they want adapters.
     """
 
     num_together: int
     columns: _Columns | None
+    keep: Tensor | None
+    scale: Tensor | None
     members: tuple[_Member, ...]
     tail: Route | None
 
@@ -106,25 +109,22 @@ class AdapterPacker:
         touched = [slot for slot in needed if any(layout.get(slot) is not None for layout in layouts)]
         columns = self.columns(sorted(needed), layouts) if touched else None
         num_together = sum(run.num_rows for run in together)
-        return _Plan(
-            num_together,
-            columns,
-            () if columns is None else _members(together, columns, x),
-            tail if has_tail else None,
-        )
+        if columns is None:
+            return _Plan(num_together, None, None, None, (), tail if has_tail else None)
+        members = _members(together, columns, x)
+        keep = torch.cat([member.keep for member in members], dim=1)
+        scale = torch.cat([member.scale for member in members], dim=1)
+        is_scaled = any(weight not in (0.0, 1.0) for run in together for weight in run.weights.values())
+        return _Plan(num_together, columns, keep, scale if is_scaled else None, members, tail if has_tail else None)
 
 
 def _members(runs: Sequence[Run], columns: _Columns, x: Tensor) -> tuple[_Member, ...]:
     slots = sorted({slot for member in columns.members for slot, _ in member})
     weights = torch.tensor([[run.weights.get(slot, 0.0) for slot in slots] for run in runs], dtype=x.dtype)
     by_row = weights.repeat_interleave(torch.tensor([run.num_rows for run in runs]), dim=0)  # [n, K]
-    is_scaled = bool(((by_row != 0) & (by_row != 1)).any())
     place = {slot: i for i, slot in enumerate(slots)}
-    out: list[_Member] = []
-    start = 0
     made: dict[object, _Member] = {}
     for member in columns.members:
-        rank = sum(extent.rank for _, extent in member)
         if member not in made:  # most members have the same adapters with the same ranks
             owners = torch.tensor([place[slot] for slot, _ in member], dtype=torch.long)
             ranks = torch.tensor([extent.rank for _, extent in member], dtype=torch.long)
@@ -138,12 +138,39 @@ def _members(runs: Sequence[Run], columns: _Columns, x: Tensor) -> tuple[_Member
                 picked = by_row[:, [place[slot] for slot in chosen]]
                 return torch.tensor(chosen, device=x.device), picked.to(x.device)
 
-            made[member] = _Member(
-                start, start + rank, scale != 0, scale if is_scaled else None, *vectors(gain), *vectors(bias)
-            )
-        out.append(made[member]._replace(start=start, stop=start + rank))
-        start += rank
-    return tuple(out)
+            made[member] = _Member(scale != 0, scale, *vectors(gain), *vectors(bias))
+    return tuple(made[member] for member in columns.members)
+
+
+class _Expand(NamedTuple):
+    """One product: columns `rows` of h give columns `span` of y."""
+
+    rows: slice
+    span: slice
+    b: PackedWeight
+
+
+def _join_expands(parts: Sequence[Tensor]) -> list[_Expand]:
+    """Pack every member's B [R_m, O_m]; neighbours that are small share a product of a block-diagonal matrix.
+
+    A product costs some 15 µs however small it is, in which as much memory is read as MAX_BLANKS zeros take.
+    """
+    joined: list[Tensor] = []
+    for part in parts:
+        last = joined[-1] if joined else part[:0, :0]
+        num_blanks = last.shape[0] * part.shape[1] + part.shape[0] * last.shape[1]
+        if joined and num_blanks <= MAX_BLANKS:
+            joined[-1] = torch.block_diag(last, part)
+        else:
+            joined.append(part)
+    out = []
+    row = column = 0
+    for b in joined:
+        rows, span = slice(row, row + b.shape[0]), slice(column, column + b.shape[1])
+        row, column = rows.stop, span.stop
+        if b.shape[0]:
+            out.append(_Expand(rows, span, PackedWeight(b.T)))
+    return out
 
 
 class GroupAdapters:
@@ -161,7 +188,7 @@ class GroupAdapters:
         self._spans = [slice(stop - member.out_features, stop) for stop, member in zip(stops, slots, strict=True)]
         self._columns: _Columns | None = None
         self._a: PackedWeight | None = None
-        self._b: list[PackedWeight | None] = []
+        self._expands: list[_Expand] = []
         self._zero = slots[0].a.new_zeros(())
 
     def apply(self, y: Tensor, x: Tensor, route: Route, base_bias: Tensor | None) -> None:
@@ -196,25 +223,23 @@ class GroupAdapters:
         if self._a is None:
             return
         h = self._a(x)
-        for member, b, span in zip(plan.members, self._b, self._spans, strict=True):
-            if b is None:
-                continue
+        for expand in self._expands:
             # Chosen, not multiplied: another adapter's infinity times zero would be NaN.
-            own = torch.where(member.keep, h[:, member.start : member.stop], self._zero)
-            if member.scale is not None:
-                own.mul_(member.scale)
-            y[:, span].add_(b(own))
+            own = torch.where(plan.keep[:, expand.rows], h[:, expand.rows], self._zero)  # type: ignore[index]
+            if plan.scale is not None:
+                own.mul_(plan.scale[:, expand.rows])
+            y[:, expand.span].add_(expand.b(own))
 
     def _pack(self, columns: _Columns | None) -> None:
         """Copy the rows of the adapters in `columns` side by side."""
         assert columns is not None
-        rows: list[Tensor] = []
-        self._b = []
+        a, b = [], []
         for slots, member in zip(self._slots, columns.members, strict=True):
-            rows += [slots.a[extent.start : extent.stop] for _, extent in member]
-            b = [slots.b[extent.start : extent.stop] for _, extent in member]
-            self._b.append(PackedWeight(torch.cat(b).T) if b else None)
-        self._a = PackedWeight(torch.cat(rows)) if rows else None
+            a += [slots.a[extent.start : extent.stop] for _, extent in member]
+            own = [slots.b[extent.start : extent.stop] for _, extent in member]
+            b.append(torch.cat(own) if own else slots.b[:0])
+        self._a = PackedWeight(torch.cat(a)) if a else None
+        self._expands = _join_expands(b)
         self._columns = columns
 
     def _vectors(self, plan: _Plan, route: Route) -> tuple[Tensor | None, Tensor | None]:

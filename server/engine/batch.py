@@ -166,4 +166,7 @@ def _attention_group(
         blocks=torch.tensor(table, device=device),
         lengths=[chunk.stop for chunk in chunks],
         num_queries=chunks[0].num_tokens,
+        members=tuple(chunk.request.arrival for chunk in chunks)
+        if min(c.request.arrival for c in chunks) >= 0
+        else None,
     )

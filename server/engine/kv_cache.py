@@ -92,6 +92,15 @@ class KVCache:
         (pool,) = self._pools[layer]
         pool.flatten(1, 2).index_copy_(1, positions, key_value.transpose(0, 1))
 
+    @property
+    def num_bytes_per_token(self) -> int:
+        return self.bytes_per_token(self._layers, self._pools[0][0].dtype)
+
+    @property
+    def is_joined(self) -> bool:
+        """Every layer keeps keys and values in one tensor."""
+        return all(len(pools) == 1 for pools in self._pools)
+
     def shape(self, layer: int) -> LayerShape:
         return self._layers[layer]
 
@@ -109,13 +118,21 @@ class KVCache:
         index = heads * self.num_blocks + blocks[None, :, None, :]
         return index.view(index.shape[0], -1, blocks.shape[1])
 
+    def read_joined(self, layer: int, index: Tensor) -> Tensor:
+        """The same in one tensor [2, N·num_kv_heads, B·block_size, dim]; for layers that keep them in one."""
+        (pool,) = self._pools[layer]
+        return pool.flatten(2).flatten(0, 1).index_select(0, index.flatten()).view(*index.shape[:2], -1, pool.shape[-1])
+
     def read(self, layer: int, index: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of keys and values, each [N·num_kv_heads, B·block_size, dim]; `index` as `index` gives it."""
-        parts = [
-            pool.flatten(2).flatten(0, 1).index_select(0, index.flatten()).view(*index.shape[:2], -1, pool.shape[-1])
+        if len(self._pools[layer]) == 1:
+            joined = self.read_joined(layer, index)
+            return joined[0], joined[1]
+        keys, values = (
+            pool.flatten(2).flatten(0, 1).index_select(0, index.flatten()).view(index.shape[1], -1, pool.shape[-1])
             for pool in self._pools[layer]
-        ]
-        return (parts[0][0], parts[0][1]) if len(parts) == 1 else (parts[0][0], parts[1][0])
+        )
+        return keys, values
 
     def check_integrity(self) -> None:
         """Assert that nobody wrote into the null block."""

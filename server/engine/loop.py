@@ -81,6 +81,7 @@ class EngineLoop:
         self._pool = BlockPool(runner.cache.num_blocks, config.block_size)
         self._scheduler = Scheduler(self._pool, max_running=config.max_running, max_step_tokens=config.max_step_tokens)
         self._routes = RouteMemo()
+        runner.copies.clear()  # another engine's, whose requests had the same numbers
         self._lock = threading.Lock()
         self._awake = threading.Event()
         self._submitted: list[GenerationRequest] = []
@@ -207,6 +208,8 @@ class EngineLoop:
                 for chunk in step.chunks:
                     if not chunk.request.is_finished:
                         self._end(chunk.request, Failed(GenerationError(f"a step failed: {type(error).__name__}")))
+        else:
+            self.runner.copies.clear()
         self._note_stats(step, num_sampled)
         return bool(step.chunks)
 

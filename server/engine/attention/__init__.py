@@ -1,5 +1,6 @@
 """Attention over packed sequences, behind transformers' attention interface. The import surface of the package."""
 
+from server.engine.attention.copies import DecodeCopies
 from server.engine.attention.interface import ATTENTION_NAME, AttentionCall, AttentionStep, register, use_step
 from server.engine.attention.paged import AttentionGroup, PagedAttention
 from server.engine.attention.probe import AttentionProbe
@@ -11,6 +12,7 @@ __all__ = [
     "AttentionGroup",
     "AttentionProbe",
     "AttentionStep",
+    "DecodeCopies",
     "PagedAttention",
     "RotaryAttention",
     "register",

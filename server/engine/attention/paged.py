@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from server.engine.attention.copies import DecodeCopies, DecodeCopy
 from server.engine.attention.interface import AttentionCall, signed_rotation
 from server.engine.kv_cache import KVCache, LayerShape
 
@@ -29,6 +30,7 @@ class AttentionGroup:
         blocks: [N, B] their block tables, padded with the null block.
         lengths: tokens of each sequence, the new ones included.
         num_queries: Q.
+        members: a number per sequence that is its own for as long as it lives; None if nobody asks for it again.
     """
 
     start: int
@@ -36,6 +38,7 @@ class AttentionGroup:
     blocks: Tensor
     lengths: Sequence[int]
     num_queries: int
+    members: tuple[int, ...] | None = None
     _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
     _indices: dict[LayerShape, Tensor] = field(default_factory=dict)
 
@@ -73,12 +76,21 @@ class PagedAttention:
     Args:
         positions: [T] where the new tokens' keys and values go in the pool.
         groups: together they cover tokens [0, T).
+        copies: kept from step to step, for the groups that have members.
     """
 
-    def __init__(self, cache: KVCache, positions: Tensor, groups: list[AttentionGroup]) -> None:
+    def __init__(
+        self, cache: KVCache, positions: Tensor, groups: list[AttentionGroup], copies: DecodeCopies | None = None
+    ) -> None:
         self._cache = cache
         self._positions = positions
         self._groups = groups
+        self._copies: list[DecodeCopy | None] = [None] * len(groups)
+        if copies is not None:
+            lasting = [(i, g.members) for i, g in enumerate(groups) if g.members is not None and g.num_queries == 1]
+            made = copies.begin_step(cache, [(members, groups[i].lengths, groups[i].blocks) for i, members in lasting])
+            for (i, _), copy in zip(lasting, made, strict=True):
+                self._copies[i] = copy
         self._rotations: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
 
     def rotation(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -89,22 +101,31 @@ class PagedAttention:
         return self._rotations[-1][1]
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self._cache.is_joined:
+            return self.attend_joined(call, torch.cat([query, key, value], dim=1), key.shape[1])
         self._cache.write(call.layer, self._positions, key, value)
-        return self._attend_all(call, query)
+        return self._join([self._attend_group(call, g, query[g.start : g.stop]) for g in self._groups])
 
     def attend_joined(self, call: AttentionCall, heads: Tensor, num_kv_heads: int) -> Tensor:
         num_query_heads = heads.shape[1] - 2 * num_kv_heads
-        self._cache.write_joined(call.layer, self._positions, heads[:, num_query_heads:])
-        return self._attend_all(call, heads[:, :num_query_heads])
+        query, key_value = heads[:, :num_query_heads], heads[:, num_query_heads:]
+        self._cache.write_joined(call.layer, self._positions, key_value)
+        outputs = []
+        for group, copy in zip(self._groups, self._copies, strict=True):
+            rows = slice(group.start, group.stop)
+            found = None if copy is None else copy.update(call.layer, key_value[rows])
+            outputs.append(self._attend_group(call, group, query[rows], found))
+        return self._join(outputs)
 
-    def _attend_all(self, call: AttentionCall, query: Tensor) -> Tensor:
-        if len(self._groups) == 1:
-            return self._attend_group(call, self._groups[0], query)
-        return torch.cat([self._attend_group(call, g, query[g.start : g.stop]) for g in self._groups])
+    @staticmethod
+    def _join(outputs: list[Tensor]) -> Tensor:
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _attend_group(self, call: AttentionCall, group: AttentionGroup, query: Tensor) -> Tensor:
-        """query [N·Q, H, D] -> [N·Q, H, Dv]."""
-        keys, values = self._cache.read(call.layer, group.index(self._cache, call.layer))
+    def _attend_group(
+        self, call: AttentionCall, group: AttentionGroup, query: Tensor, found: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """query [N·Q, H, D], keys and values if they are known -> [N·Q, H, Dv]."""
+        keys, values = found or self._cache.read(call.layer, group.index(self._cache, call.layer))
         num_kv_heads = self._cache.shape(call.layer).num_kv_heads
         num_queries, dim = group.num_queries, query.shape[-1]
         group_size = query.shape[1] // num_kv_heads
