@@ -26,12 +26,16 @@ ROW_QUANTUM = 16
 
 
 class Extent(NamedTuple):
-    """Arena rows [start, start + rank) of one slot, and whether its adapter has a gain (DoRA) or a bias here."""
+    """Arena rows [start, start + rank) of one slot, and whether its adapter has a gain (DoRA) or a bias here.
+
+    `serial` tells loads apart: what was derived from these rows is not mistaken for a later owner's.
+    """
 
     start: int
     rank: int
     has_gain: bool = False
     has_bias: bool = False
+    serial: int = 0
 
     @property
     def stop(self) -> int:
@@ -152,6 +156,7 @@ class SlotBank:
         self._lock = threading.Lock()
         self._layouts: dict[tuple[tuple[int, Extent], ...], Layout] = {}
         self._loaded: dict[int, tuple[str, ...]] = {}
+        self._num_loads = 0
         for layer in layers.values():
             layer.layout = self._layout(layer.layout.extents)
 
@@ -176,7 +181,11 @@ class SlotBank:
         with self._lock:
             if slot in self._loaded or not 0 <= slot < self.max_slots:
                 raise ValueError(f"slot {slot} is taken or out of range")
-            extents = {name: self.layers[name].write(slot, folded) for name, folded in modules.items()}
+            self._num_loads += 1
+            extents = {
+                name: self.layers[name].write(slot, folded)._replace(serial=self._num_loads)
+                for name, folded in modules.items()
+            }
             for name, extent in extents.items():
                 self.layers[name].layout = self._layout(self.layers[name].layout.extents | {slot: extent})
             self._loaded[slot] = tuple(modules)
