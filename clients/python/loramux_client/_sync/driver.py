@@ -132,6 +132,8 @@ class Stream(Generic[Item, Result]):
         except httpx.TimeoutException as error:
             raise APITimeoutError("the stream stalled") from error
         except httpx.RequestError as error:
+            if self._is_closed:
+                return
             raise IncompleteAnswerError(f"the stream was cut off: {error or type(error).__name__}") from error
         finally:
             response.close()
