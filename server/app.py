@@ -85,7 +85,9 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
     codec = TextCodec(path)
     delivery = Delivery()
     engine = EngineLoop(runner, max_waiting=settings.max_waiting, num_threads=num_threads, on_step=delivery.flush)
-    store = AdapterStore(settings.store, min_free_bytes=settings.min_free_bytes)
+    store = AdapterStore(
+        settings.store, min_free_bytes=settings.min_free_bytes, max_generations=settings.max_generations
+    )
     store.open()
     loader = AdapterLoader(runner.model, runner.layers, dtype=runner.dtype, max_rank=settings.max_rank)
 

@@ -1,6 +1,7 @@
 """The `loramux` command."""
 
 import logging
+import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from server.errors import ServerError
+from server.failpoints import ENVIRONMENT_VARIABLE, FAILPOINTS, arm
 from server.settings import Settings
 
 __all__ = ["app", "main"]
@@ -113,6 +115,9 @@ def serve(
     min_free_bytes: Annotated[
         int, size_option("--min-free-bytes", "Uploads are refused when the disk has less free space.")
     ] = DEFAULTS.min_free_bytes,
+    max_generations: Annotated[
+        int, option("--max-generations", "Generations kept under an adapter's name; the oldest go.")
+    ] = DEFAULTS.max_generations,
     log_level: Annotated[str, option("--log-level", '"debug", "info", "warning" or "error".')] = DEFAULTS.log_level,
 ) -> None:
     """Serve a base model and its adapters over HTTP. Every flag can also be set as LORAMUX_<NAME>."""
@@ -125,6 +130,19 @@ def serve(
         flag = "--" + str(first["loc"][0]).replace("_", "-")
         raise typer.BadParameter(f"{flag}: {first['msg']}") from None
     _serve(settings)
+
+
+@app.command()
+def doctor(
+    list_failpoints: Annotated[
+        bool, typer.Option("--failpoints", help="List the places where LORAMUX_FAILPOINT=name[:nth] kills the process.")
+    ] = False,
+) -> None:
+    """Show what helps to find out what is wrong."""
+    if not list_failpoints:
+        raise typer.BadParameter("say what to show: --failpoints")
+    for name, description in FAILPOINTS.items():
+        typer.echo(f"{name:<22} {description}")
 
 
 def _serve(settings: Settings) -> None:
@@ -140,6 +158,9 @@ def _serve(settings: Settings) -> None:
     if settings.host not in LOOPBACK:
         report(f"[yellow]listening on {settings.host}: there are no API keys yet, anybody who can reach it can use it")
     try:
+        if failpoint := os.environ.get(ENVIRONMENT_VARIABLE):
+            arm(failpoint)
+            report(f"[yellow]this process will kill itself at {failpoint}")
         server = build_server(settings, report)
     except ServerError as error:
         console.print(f"[red]error[/red] {error.message} [dim]({error.code})")

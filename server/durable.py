@@ -20,7 +20,6 @@ __all__ = [
     "ByteSource",
     "copy_stream",
     "rename",
-    "rename_durably",
     "storage_errors",
     "sync_file",
     "sync_folder",
@@ -98,12 +97,6 @@ def sync_folder(path: Path) -> None:
 def rename(source: Path, target: Path) -> None:
     """Move a file or folder within one file system in one step, replacing a file of that name."""
     os.replace(source, target)
-
-
-def rename_durably(source: Path, target: Path) -> None:
-    """The same, and on the disk when this returns. If it fails, the target may be either file after a crash."""
-    rename(source, target)
-    sync_folder(target.parent)
 
 
 @_step

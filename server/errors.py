@@ -15,6 +15,8 @@ is stable and listed in the README. Messages are for people: they name values an
     └── GenerationError        failed after it was accepted          kind "generation"
 """
 
+from collections.abc import Mapping
+
 __all__ = [
     "ConflictError",
     "GenerationError",
@@ -35,16 +37,25 @@ class ServerError(Exception):
     Attributes:
         param: the request field at fault, where there is one.
         retry_after_s: when to try again; None if trying again is of no use.
+        details: figures that a program needs to react, shown beside the message.
     """
 
     kind = "internal"
     code = "internal_error"
     retry_after_s: int | None = None
 
-    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        details: Mapping[str, int | str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.details = dict(details or {})
         if code is not None:
             self.code = code
 

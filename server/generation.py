@@ -15,10 +15,17 @@ from server.text import TextCodec
 __all__ = ["AdapterDirectory", "Delivery", "Generation", "GenerationService"]
 
 
+class NamedLease(AdapterLease, Protocol):
+    """A lease that knows under which names and generations it was asked for."""
+
+    @property
+    def generations(self) -> Mapping[str, int]: ...
+
+
 class AdapterDirectory(Protocol):
     """Turns names into leases."""
 
-    def open_lease(self, weights: Mapping[str, float]) -> AdapterLease | None: ...
+    def open_lease(self, weights: Mapping[str, float]) -> NamedLease | None: ...
 
 
 class Delivery:
@@ -66,12 +73,14 @@ class Generation:
     """One accepted request, as its caller sees it: iterate for tokens, read the rest when the iteration is over.
 
     Attributes:
+        adapter_generations: generation by adapter name, of the adapters that answer it.
         finished: the last event; None while it runs.
     """
 
-    def __init__(self, engine: EngineLoop, timing: Timing) -> None:
+    def __init__(self, engine: EngineLoop, timing: Timing, adapter_generations: Mapping[str, int]) -> None:
         self._engine = engine
         self.timing = timing
+        self.adapter_generations = adapter_generations
         self.request: GenerationRequest | None = None
         self.finished: Finished | None = None
         self.num_generated = 0
@@ -170,7 +179,7 @@ class GenerationService:
             prompt_ids = await asyncio.to_thread(self.codec.encode, prompt)
             if not sampling.max_new_tokens:
                 sampling = self._with_default_length(sampling, len(prompt_ids))
-            generation = Generation(self.engine, timing)
+            generation = Generation(self.engine, timing, {} if lease is None else lease.generations)
             generation.request = GenerationRequest(
                 request_id=uuid.uuid4().hex,
                 prompt_ids=prompt_ids,

@@ -43,4 +43,5 @@ class Settings(BaseModel):
     max_json_bytes: Bytes = 2 << 20
     max_upload_bytes: Bytes = 512 << 20
     min_free_bytes: int = Field(2 << 30, ge=0)
+    max_generations: int = Field(10, ge=2)
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol
 
 from server.errors import GenerationError, InvalidRequestError, ServerError
@@ -22,6 +23,7 @@ __all__ = ["AdapterRegistry", "HostAdapter", "Lease", "RegistryStats", "SlotStor
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 2
+EMPTY: Mapping[str, int] = MappingProxyType({})
 
 
 class HostAdapter(Protocol):
@@ -87,10 +89,16 @@ class _Entry:
 
 @dataclass(eq=False, slots=True)
 class Lease:
-    """A request's claim on some adapters; fits the engine's `AdapterLease`."""
+    """A request's claim on some adapters; fits the engine's `AdapterLease`.
+
+    Attributes:
+        weights: weight by digest.
+        generations: generation by name, as it was when the lease was opened; for the answer.
+    """
 
     registry: "AdapterRegistry"
     weights: Mapping[str, float]
+    generations: Mapping[str, int] = field(default_factory=dict)
     is_active: bool = False
     is_open: bool = True
     slots: dict[object, float] = field(default_factory=dict)
@@ -147,7 +155,7 @@ class AdapterRegistry:
         """Stop the threads; loads under way are finished, queued ones dropped."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def open_lease(self, weights: Mapping[str, float]) -> Lease:
+    def open_lease(self, weights: Mapping[str, float], generations: Mapping[str, int] = EMPTY) -> Lease:
         """Claim adapters by digest; their bytes stay until the lease is released.
 
         Raises:
@@ -174,7 +182,7 @@ class AdapterRegistry:
                 entry = self._entries.setdefault(digest, _Entry(digest))
                 entry.num_open += 1
                 entry.is_doomed = False
-        return Lease(self, weights)
+        return Lease(self, weights, generations)
 
     def activate(self, lease: Lease) -> LeaseState:
         """See `AdapterLease.activate`."""

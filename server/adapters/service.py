@@ -2,25 +2,45 @@
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from server.adapters.archive import ArchiveLimits, read_adapter_archive
 from server.adapters.loader import AdapterLoader
+from server.adapters.record import AT_ONCE, Publication
 from server.adapters.registry import AdapterRegistry, Lease
-from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterRecord, AdapterStore, check_name
+from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterRecord, AdapterStore, History, check_name
 from server.durable import copy_stream
 from server.errors import InvalidAdapterError, InvalidRequestError, OverloadedError
 
-__all__ = ["AdapterService"]
+__all__ = ["AdapterService", "AdapterView"]
 
 # Uploads that are checked at once; each holds its adapter in memory a few times over.
 MAX_UPLOADS = 2
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterView:
+    """One generation as it is at this moment.
+
+    Attributes:
+        is_current: the bare name means it.
+        is_pinned: the name's current generation stays in a slot.
+        residency: "slot", "host" or "store".
+    """
+
+    record: AdapterRecord
+    is_current: bool
+    is_pinned: bool
+    residency: str
+
+
 class AdapterService:
     """Adapters by name: upload, list, delete, and leases for requests. All methods may be called from any thread.
+
+    Wherever a name is read, `name@generation` is too.
 
     Args:
         base_names: names that mean the base model and cannot be given to an adapter.
@@ -51,76 +71,127 @@ class AdapterService:
             InvalidRequestError: more adapters than there are slots.
         """
         by_digest: dict[str, float] = {}
+        generations: dict[str, int] = {}
         for name, weight in weights.items():
-            digest = self._store.get(name).digest
-            by_digest[digest] = by_digest.get(digest, 0.0) + weight
+            record = self._store.get(name)
+            generations[name] = record.generation
+            by_digest[record.digest] = by_digest.get(record.digest, 0.0) + weight
         by_digest = {digest: weight for digest, weight in by_digest.items() if weight}
-        return self._registry.open_lease(by_digest) if by_digest else None
+        return self._registry.open_lease(by_digest, generations) if by_digest else None
 
     def records(self) -> list[AdapterRecord]:
-        """All adapters, by name."""
+        """The current generation of every adapter, by name."""
         return self._store.records()
 
     def get(self, name: str) -> AdapterRecord:
         """One adapter; NotFoundError if there is none."""
         return self._store.get(name)
 
+    def views(self) -> list[AdapterView]:
+        """The current generation of every adapter, by name, as they are now."""
+        residency = self._residency()
+        shown = [(history, history.current_record) for history in self._store.histories()]
+        return [_view(history, record, residency) for history, record in shown if record is not None]
+
+    def view(self, record: AdapterRecord) -> AdapterView:
+        """A generation as it is now; it may have been deleted since."""
+        return _view(self._store.peek(record.name), record, self._residency())
+
+    def generations(self, name: str) -> list[AdapterView]:
+        """All kept generations of a name, newest first; NotFoundError if there are none."""
+        history, residency = self._store.history(name), self._residency()
+        return [_view(history, record, residency) for record in reversed(history.generations)]
+
     def names_by_digest(self) -> dict[str, str]:
+        """Names of current generations by digest."""
         return {record.digest: record.name for record in self._store.records()}
 
-    def residency(self, record: AdapterRecord) -> str:
-        """Where an adapter is: "slot", "host" or "store"."""
-        stats = self._registry.stats()
-        if record.digest in stats.slots:
-            return "slot"
-        return "host" if record.digest in stats.host else "store"
-
-    def upload_files(self, name: str, config: BinaryIO, weights: BinaryIO) -> AdapterRecord:
+    def upload_files(
+        self, name: str, config: BinaryIO, weights: BinaryIO, publication: Publication = AT_ONCE
+    ) -> AdapterRecord:
         """Check and publish an adapter from its two files; durable when this returns.
 
         Raises:
             InvalidAdapterError, InvalidRequestError, TooLargeError: it is refused.
+            ConflictError: another generation is current than expected.
             StorageFullError, UnavailableError: it cannot be kept.
         """
-        self._check_name(name)
-        with self._store.staging_folder() as folder:
+
+        def fill(folder: Path) -> None:
             copy_stream(config, folder / CONFIG_NAME, self._limits.max_config_bytes)
             copy_stream(weights, folder / WEIGHTS_NAME, self._limits.max_weights_bytes)
-            return self._publish(name, folder)
 
-    def upload_archive(self, name: str, archive: BinaryIO) -> AdapterRecord:
+        return self._upload(name, fill, publication)
+
+    def upload_archive(self, name: str, archive: BinaryIO, publication: Publication = AT_ONCE) -> AdapterRecord:
         """The same from a zip, tar or tar.gz of the adapter's folder."""
-        self._check_name(name)
-        with self._store.staging_folder() as folder:
-            read_adapter_archive(archive, folder, self._limits)
-            return self._publish(name, folder)
+        return self._upload(name, lambda folder: read_adapter_archive(archive, folder, self._limits), publication)
 
-    def import_folder(self, name: str, source: Path) -> AdapterRecord:
-        """The same from a folder of this machine, named by whoever starts the server."""
+    def import_folder(self, name: str, source: Path, publication: Publication = AT_ONCE) -> AdapterRecord:
+        """The same from a folder of this machine, named by whoever runs the server."""
         if not (source / CONFIG_NAME).is_file() or not (source / WEIGHTS_NAME).is_file():
             raise InvalidAdapterError(
                 f"{source} does not hold {CONFIG_NAME} and {WEIGHTS_NAME}", code="adapter_files_missing"
             )
         with (source / CONFIG_NAME).open("rb") as config, (source / WEIGHTS_NAME).open("rb") as weights:
-            return self.upload_files(name, config, weights)
+            return self.upload_files(name, config, weights, publication)
 
-    def delete(self, name: str) -> AdapterRecord:
+    def delete(self, name: str, *, expected_generation: int | None = None) -> AdapterRecord:
         """Hide an adapter at once; its bytes go when the last request that uses them has ended."""
-        record = self._store.delete(name)
-        if record.digest not in self.names_by_digest():
-            self._registry.forget(record.digest)
+        gone = self._store.delete(name, expected_generation=expected_generation)
+        self._forget(gone.digests)
+        return gone.current_record or gone.generations[-1]
+
+    def delete_generation(self, name: str, generation: int) -> AdapterRecord:
+        """Drop a generation that is not current."""
+        record = self._store.delete_generation(name, generation)
+        self._forget({record.digest})
         return record
+
+    def promote(self, name: str, generation: int, *, expected_generation: int | None = None) -> AdapterRecord:
+        """Make a kept generation the current one, for requests that begin from now on."""
+        return self._store.promote(name, generation, expected_generation=expected_generation)
+
+    def rollback(self, name: str, *, expected_generation: int | None = None) -> AdapterRecord:
+        """Make the next older kept generation the current one."""
+        return self._store.rollback(name, expected_generation=expected_generation)
+
+    def annotate(
+        self, name: str, generation: int | None, labels: Mapping[str, str] | None, note: str | None
+    ) -> AdapterRecord:
+        """Replace a generation's labels and note, those that are given."""
+        return self._store.annotate(name, generation, labels, note)
+
+    def _forget(self, digests: set[str]) -> None:
+        for digest in digests:
+            if not self._store.is_pointed_to(digest):
+                self._registry.forget(digest)
+
+    def _residency(self) -> Callable[[str], str]:
+        stats = self._registry.stats()
+        return lambda digest: "slot" if digest in stats.slots else "host" if digest in stats.host else "store"
 
     def _check_name(self, name: str) -> None:
         check_name(name)
         if name in self._base_names:
             raise InvalidRequestError(f"{name!r} names the base model", code="adapter_name_invalid", param="name")
 
-    def _publish(self, name: str, folder: Path) -> AdapterRecord:
-        if not self._uploads.acquire(blocking=False):
-            raise OverloadedError("other uploads are being checked", code="uploads_busy")
-        try:
-            details = self._loader.check((folder / CONFIG_NAME).read_bytes(), (folder / WEIGHTS_NAME).read_bytes())
-        finally:
-            self._uploads.release()
-        return self._store.publish(name, folder, details)
+    def _upload(self, name: str, fill: Callable[[Path], None], publication: Publication) -> AdapterRecord:
+        self._check_name(name)
+        with self._store.staging_folder() as folder:
+            fill(folder)
+            if not self._uploads.acquire(blocking=False):
+                raise OverloadedError("other uploads are being checked", code="uploads_busy")
+            try:
+                details = self._loader.check((folder / CONFIG_NAME).read_bytes(), (folder / WEIGHTS_NAME).read_bytes())
+            finally:
+                self._uploads.release()
+            before = self._store.peek(name).digests
+            record = self._store.publish(name, folder, details, publication)
+        self._forget(before - self._store.peek(name).digests)  # those that the new generation pushed out
+        return record
+
+
+def _view(history: History, record: AdapterRecord, residency: Callable[[str], str]) -> AdapterView:
+    is_current = history.current == record.generation
+    return AdapterView(record, is_current, is_current and history.is_pinned, residency(record.digest))

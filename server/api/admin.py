@@ -1,111 +1,93 @@
-"""`/admin/adapters`: upload, list, show, delete."""
+"""`/admin/adapters`: upload, list, show, delete, and which generation of a name is current."""
 
 import asyncio
-from typing import BinaryIO
+from typing import Annotated
 
-from fastapi import APIRouter, Request
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from fastapi import APIRouter, Path, Query, Request
 
 from server.adapters.service import AdapterService
-from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterRecord
+from server.adapters.store import AdapterRecord
 from server.api.dependencies import Adapters
-from server.errors import InvalidAdapterError, InvalidRequestError
-from server.schemas.admin import AdapterInfo, AdapterList
+from server.api.upload_form import OPENAPI_BODY, read_upload_form
+from server.schemas.admin import (
+    AdapterInfo,
+    AdapterList,
+    Annotation,
+    ExpectedGeneration,
+    GenerationList,
+    PromoteRequest,
+)
 
 __all__ = ["router"]
 
 router = APIRouter(prefix="/admin", tags=["adapters"])
 
-MAX_FILES = 8
-MAX_FIELDS = 8
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-
-UPLOAD_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["name"],
-                    "properties": {
-                        "name": {"type": "string", "description": "letters, digits, dot, dash and underscore"},
-                        "files": {
-                            "type": "array",
-                            "items": {"type": "string", "format": "binary"},
-                            "description": f"{CONFIG_NAME} and {WEIGHTS_NAME}, or one zip, tar or tar.gz of the folder",
-                        },
-                    },
-                }
-            }
-        },
-    }
-}
+GenerationPath = Annotated[int, Path(ge=1, le=10**18)]
+Expected = Annotated[int | None, Query(ge=0, le=10**18, description="refuse unless this generation is current")]
+NOTHING_EXPECTED = ExpectedGeneration()
 
 
-@router.post("/adapters", status_code=201, openapi_extra=UPLOAD_BODY)
+@router.post("/adapters", status_code=201, openapi_extra=OPENAPI_BODY)
 async def upload(request: Request, adapters: Adapters) -> AdapterInfo:
-    """Upload a PEFT adapter. 201 means that it is checked, complete and safe on disk."""
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise InvalidRequestError("send the adapter as multipart/form-data", code="not_multipart")
-    try:
-        form = await request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=64 << 10)
-    except HTTPException as error:
-        message = f"the multipart body is malformed: {error.detail}"
-        raise InvalidRequestError(message, code="multipart_invalid") from None
-    try:
-        name = form.get("name")
-        if not isinstance(name, str):
-            raise InvalidRequestError("the form needs a `name`", code="missing_field", param="name")
-        files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
-        record = await asyncio.to_thread(_publish, adapters, name, files)
-    finally:
-        await form.close()
+    """Upload a PEFT adapter as a new generation. 201 means that it is checked, complete and safe on disk."""
+    async with read_upload_form(request) as form:
+        record = await asyncio.to_thread(form.publish, adapters)
     return _info(adapters, record)
 
 
 @router.get("/adapters")
 async def list_adapters(adapters: Adapters) -> AdapterList:
-    """All adapters, by name."""
-    return AdapterList(adapters=[AdapterInfo.of(r, adapters.residency(r)) for r in adapters.records()])
+    """The current generation of every adapter, by name."""
+    return AdapterList(adapters=[AdapterInfo.of(view) for view in adapters.views()])
 
 
 @router.get("/adapters/{name}")
 async def show(name: str, adapters: Adapters) -> AdapterInfo:
-    """One adapter."""
+    """One adapter, by `name` or `name@generation`."""
     return _info(adapters, adapters.get(name))
 
 
+@router.patch("/adapters/{name}")
+async def annotate(name: str, body: Annotation, adapters: Adapters) -> AdapterInfo:
+    """Replace a generation's labels or note."""
+    record = await asyncio.to_thread(adapters.annotate, name, body.generation, body.labels, body.note)
+    return _info(adapters, record)
+
+
 @router.delete("/adapters/{name}")
-async def delete(name: str, adapters: Adapters) -> AdapterInfo:
-    """Delete an adapter: new requests for it get 404 at once, running ones finish."""
-    record = await asyncio.to_thread(adapters.delete, name)
+async def delete(name: str, adapters: Adapters, expected_generation: Expected = None) -> AdapterInfo:
+    """Delete an adapter with all of its generations: new requests for it get 404 at once, running ones finish."""
+    record = await asyncio.to_thread(adapters.delete, name, expected_generation=expected_generation)
+    return _info(adapters, record)
+
+
+@router.get("/adapters/{name}/generations")
+async def list_generations(name: str, adapters: Adapters) -> GenerationList:
+    """All kept generations, newest first."""
+    return GenerationList(name=name, generations=[AdapterInfo.of(view) for view in adapters.generations(name)])
+
+
+@router.delete("/adapters/{name}/generations/{generation}")
+async def delete_generation(name: str, generation: GenerationPath, adapters: Adapters) -> AdapterInfo:
+    """Drop a generation that is not current."""
+    return _info(adapters, await asyncio.to_thread(adapters.delete_generation, name, generation))
+
+
+@router.post("/adapters/{name}/promote")
+async def promote(name: str, body: PromoteRequest, adapters: Adapters) -> AdapterInfo:
+    """Make a kept generation the current one; requests that run finish on theirs."""
+    record = await asyncio.to_thread(
+        adapters.promote, name, body.generation, expected_generation=body.expected_generation
+    )
+    return _info(adapters, record)
+
+
+@router.post("/adapters/{name}/rollback")
+async def rollback(name: str, adapters: Adapters, body: ExpectedGeneration = NOTHING_EXPECTED) -> AdapterInfo:
+    """Make the next older kept generation the current one."""
+    record = await asyncio.to_thread(adapters.rollback, name, expected_generation=body.expected_generation)
     return _info(adapters, record)
 
 
 def _info(adapters: AdapterService, record: AdapterRecord) -> AdapterInfo:
-    return AdapterInfo.of(record, adapters.residency(record))
-
-
-def _publish(adapters: AdapterService, name: str, files: list[UploadFile]) -> AdapterRecord:
-    """On a worker thread: the two files by their names, or one archive."""
-    by_name: dict[str, BinaryIO] = {}
-    for file in files:
-        file_name = file.filename or ""
-        if file_name in by_name:
-            raise InvalidRequestError(f"two files are called {file_name[:80]!r}", code="multipart_invalid")
-        by_name[file_name] = file.file
-    if set(by_name) == {CONFIG_NAME, WEIGHTS_NAME}:
-        return adapters.upload_files(name, by_name[CONFIG_NAME], by_name[WEIGHTS_NAME])
-    pickled = next((n for n in by_name if n.lower().endswith(PICKLE_SUFFIXES)), None)
-    if pickled is not None:
-        raise InvalidAdapterError(
-            "pickle files can run code and are not read; save the adapter with `safe_serialization=True`",
-            code="adapter_pickle",
-        )
-    if len(by_name) == 1 and not set(by_name) & {CONFIG_NAME, WEIGHTS_NAME}:
-        return adapters.upload_archive(name, next(iter(by_name.values())))
-    raise InvalidAdapterError(
-        f"send {CONFIG_NAME} and {WEIGHTS_NAME}, or one archive of the folder", code="adapter_files_missing"
-    )
+    return AdapterInfo.of(adapters.view(record))

@@ -67,9 +67,14 @@ def error_body(error: ServerError, family: Family) -> dict[str, Any]:
     """The JSON body of an error."""
     shape = SHAPES[error.kind]
     if family is Family.TGI:
-        return {"error": error.message, "error_type": shape.tgi_type, "code": error.code, "param": error.param}
+        return {
+            "error": error.message,
+            "error_type": shape.tgi_type,
+            "code": error.code,
+            "param": error.param,
+        } | error.details
     inner = {"message": error.message, "type": shape.openai_type, "param": error.param, "code": error.code}
-    return {"error": inner, "error_type": shape.tgi_type}
+    return {"error": inner | error.details, "error_type": shape.tgi_type}
 
 
 def error_response(error: ServerError, family: Family) -> Response:

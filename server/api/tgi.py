@@ -113,6 +113,8 @@ class _Call:
         generation = self.generation
         if generation is None or generation.request is None:
             return headers
+        if generation.adapter_generations:
+            headers["x-adapter-generation"] = ",".join(map(str, generation.adapter_generations.values()))
         timing = generation.timing
         num_prompt, num_generated = len(generation.request.prompt_ids), len(self.tokens)
         headers["x-prompt-tokens"] = str(num_prompt)

@@ -2,7 +2,9 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
+from server.adapters.record import Publication
 from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterRecord, AdapterStore
 
 _holders: dict[Path, AdapterStore] = {}
@@ -18,14 +20,20 @@ def opened(root: Path) -> AdapterStore:
 
 
 def put(store: AdapterStore, name: str, contents: str, **details: object) -> AdapterRecord:
+    return publish(store, name, contents, details)
+
+
+def publish(
+    store: AdapterStore, name: str, contents: str, details: dict[str, object] | None = None, **options: Any
+) -> AdapterRecord:
     with store.staging_folder() as folder:
         (folder / CONFIG_NAME).write_bytes(b"{}")
         (folder / WEIGHTS_NAME).write_bytes(contents.encode())
-        return store.publish(name, folder, details)
+        return store.publish(name, folder, details or {}, Publication(**options))
 
 
-def weights_of(store: AdapterStore, name: str) -> str:
-    return store.read(store.get(name).digest)[1].decode()
+def weights_of(store: AdapterStore, reference: str) -> str:
+    return store.read(store.get(reference).digest)[1].decode()
 
 
 def objects(root: Path) -> set[str]:

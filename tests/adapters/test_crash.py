@@ -2,31 +2,36 @@
 
 import os
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from server import failpoints
 from server.adapters.store import AdapterStore
-from server.errors import NotFoundError, UnavailableError
-from tests.adapters.churn import NAMES, contents_of, publish
+from server.errors import InvalidRequestError, NotFoundError, UnavailableError
+from server.failpoints import ENVIRONMENT_VARIABLE, FAILPOINTS
+from tests.adapters.churn import NAMES, TOUR, apply, contents_of, outcome, publish, random_change
+from tests.adapters.power_loss import PowerLoss
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-NUM_KILLS = 15
+STORE_FAILPOINTS = [name for name in FAILPOINTS if not name.startswith("job.")]
 
 
 def stored(store: AdapterStore, name: str) -> str:
-    """The number that a name's files are made from, after comparing every byte; "-" if there is none."""
+    """The number that a name's files are made from, after comparing every byte of all generations; "-" for none."""
+    for record in store.peek(name).generations:
+        assert store.read(record.digest) == contents_of(record.details["number"])
     try:
-        record = store.get(name)
+        return str(store.get(name).details["number"])
     except NotFoundError:
         return "-"
-    assert store.read(record.digest) == contents_of(record.details["number"])
-    return str(record.details["number"])
 
 
 def reopen(root: Path) -> AdapterStore:
@@ -38,32 +43,50 @@ def reopen(root: Path) -> AdapterStore:
     return store
 
 
-def test_sigkill_at_random_moments(tmp_path: Path) -> None:
-    rng = random.Random(7)
-    acknowledged = dict.fromkeys(NAMES, "-")
-    num_changes = 0
-    for seed in range(NUM_KILLS):
-        lines = _churn_and_kill(tmp_path, seed, rng)
-        num_changes += len(lines) // 2
+class Ledger:
+    """What a child said that it did, and what may be stored therefore."""
+
+    def __init__(self) -> None:
+        self.acknowledged = dict.fromkeys(NAMES, "-")
+        self.num_changes = 0
+
+    def check(self, output: str, root: Path, what: str) -> None:
+        """Compare a killed child's output with what it left behind, which is acknowledged from here on."""
+        whole = output[: output.rfind("\n") + 1].splitlines()
         under_way: tuple[str, str] | None = None
-        for verb, name, contents in lines:
+        for line in whole:
+            if line == "open":
+                continue
+            verb, name, contents = line.split()
             if verb == "begin":
                 under_way = (name, contents)
             else:
-                acknowledged[name], under_way = contents, None
-        store = reopen(tmp_path)
+                self.acknowledged[name], under_way = contents, None
+                self.num_changes += 1
+        store = reopen(root)
         for name in NAMES:
-            possible = {acknowledged[name]} | ({under_way[1]} if under_way and under_way[0] == name else set())
+            possible = {self.acknowledged[name]} | ({under_way[1]} if under_way and under_way[0] == name else set())
             found = stored(store, name)
-            assert found in possible, f"round {seed}: {name} is {found}, not {possible}"
-            acknowledged[name] = found
-    assert num_changes > NUM_KILLS, "the child did not get to work"
+            assert found in possible, f"{what}: {name} is {found}, not {possible}"
+            self.acknowledged[name] = found
 
 
-def _churn_and_kill(root: Path, seed: int, rng: random.Random) -> list[list[str]]:
+@pytest.mark.parametrize("num_kills", [15, pytest.param(100, marks=pytest.mark.slow)])
+def test_sigkill_at_random_moments(tmp_path: Path, num_kills: int) -> None:
+    rng = random.Random(7)
+    ledger = Ledger()
+    for seed in range(num_kills):
+        ledger.check(_churn_and_kill(tmp_path, seed, rng), tmp_path, f"round {seed}")
+    assert ledger.num_changes > num_kills, "the child did not get to work"
+
+
+def _command(root: Path, what: object) -> list[str]:
+    return [sys.executable, "-m", "tests.adapters.churn", str(root), str(what)]
+
+
+def _churn_and_kill(root: Path, seed: int, rng: random.Random) -> str:
     """Let a child work for a moment and kill it; in every third round, perhaps while it still recovers."""
-    command = [sys.executable, "-m", "tests.adapters.churn", str(root), str(seed)]
-    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE) as child:
+    with subprocess.Popen(_command(root, seed), cwd=REPOSITORY, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         if seed % 3:
             assert child.stdout.readline() == b"open\n"
@@ -71,57 +94,41 @@ def _churn_and_kill(root: Path, seed: int, rng: random.Random) -> list[list[str]
         else:
             time.sleep(rng.uniform(0.0, 0.4))
         child.kill()
-        output = child.stdout.read().decode()
-    whole = output[: output.rfind("\n") + 1].splitlines()
-    return [line.split() for line in whole if line != "open"]
+        return child.stdout.read().decode()
 
 
-class PowerLoss:
-    """A disk that keeps what was fsynced and nothing else: of a file its bytes, of a folder its entries.
+@pytest.mark.parametrize("name", STORE_FAILPOINTS)
+def test_sigkill_at_every_failpoint(tmp_path: Path, name: str) -> None:
+    ledger = Ledger()
+    for nth in (1, 2):
+        root = tmp_path / str(nth)
+        environment = os.environ | {ENVIRONMENT_VARIABLE: f"{name}:{nth}"}
+        child = subprocess.run(
+            _command(root, "tour"), cwd=REPOSITORY, stdout=subprocess.PIPE, env=environment, check=False
+        )
+        if name.startswith("layout.") and nth > 1:
+            assert child.returncode == 0, "a folder is new only once"
+            continue
+        assert child.returncode == -signal.SIGKILL, f"{name}:{nth} was not passed"
+        ledger.acknowledged = dict.fromkeys(NAMES, "-")
+        ledger.check(child.stdout.decode(), root, name)
 
-    `on_step` runs before every rename and after every fsync.
-    """
 
-    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.root = root
-        self.files: dict[int, bytes] = {}
-        self.folders: dict[int, dict[str, int]] = {}
-        self.on_step: Callable[[], None] = lambda: None
-        self._open: list[int] = []
-        self._fsync, self._replace = os.fsync, os.replace
-        monkeypatch.setattr(os, "fsync", self.fsync)
-        monkeypatch.setattr(os, "replace", self.replace)
+def test_every_failpoint_stands_in_the_source_once_and_is_documented() -> None:
+    source = "".join(path.read_text() for path in sorted((REPOSITORY / "server").rglob("*.py")))
+    assert sorted(re.findall(r'\bfailpoint\("([\w.]+)"\)', source)) == sorted(FAILPOINTS)
+    contributing = (REPOSITORY / "CONTRIBUTING.md").read_text()
+    assert all(f"`{name}`" in contributing for name in FAILPOINTS)
 
-    def fsync(self, fd: int) -> None:
-        self._open.append(os.dup(fd))  # keeps the inode's number from being given to another file
-        path = Path(os.readlink(f"/proc/self/fd/{fd}"))
-        inode = os.fstat(fd).st_ino
-        if path.is_dir():
-            self.folders[inode] = {entry.name: entry.stat().st_ino for entry in path.iterdir()}
-        else:
-            self.files[inode] = path.read_bytes()
-        self.on_step()
 
-    def replace(self, source: Path, target: Path) -> None:
-        self.on_step()
-        self._replace(source, target)
+@pytest.mark.parametrize("text", ["", "x", "record.written:0", "record.written:x", "record.written:-1", ":1"])
+def test_failpoints_that_there_are_not(text: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        failpoints.arm(text)
+    assert caught.value.code == "failpoint_unknown"
 
-    def restore(self, target: Path) -> None:
-        """Build what is on the disk after a power cut at this moment."""
-        target.mkdir()
-        self._restore(self.root.stat().st_ino, target)
 
-    def _restore(self, inode: int, target: Path) -> None:
-        for name, child in self.folders.get(inode, {}).items():
-            if child in self.files:
-                (target / name).write_bytes(self.files[child])
-            else:  # a folder, or a file whose contents were lost, which an empty folder shows just as well
-                (target / name).mkdir()
-                self._restore(child, target / name)
-
-    def close(self) -> None:
-        for fd in self._open:
-            os.close(fd)
+# Power cuts
 
 
 @pytest.fixture
@@ -133,44 +140,58 @@ def power(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PowerLoss
     disk.close()
 
 
-def test_power_cut_at_every_step(power: PowerLoss, tmp_path: Path) -> None:
-    store = AdapterStore(power.root)
-    store.open()
+def test_power_cut_at_every_step_and_every_failpoint(power: PowerLoss, tmp_path: Path) -> None:
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
     acknowledged = dict.fromkeys(NAMES, "-")
     allowed = dict(acknowledged)
-    num_cuts = 0
+    cuts: list[str] = []
 
-    def cut() -> None:
-        nonlocal num_cuts
+    def cut(where: str = "step") -> None:
         on_step, power.on_step = power.on_step, lambda: None
-        num_cuts += 1
-        copy = tmp_path / f"cut{num_cuts}"
+        unwatch()
+        cuts.append(where)
+        copy = tmp_path / f"cut{len(cuts)}"
         power.restore(copy)
         after = reopen(copy)
         for name in NAMES:
-            assert stored(after, name) in (acknowledged[name], allowed[name])
+            assert stored(after, name) in (acknowledged[name], allowed[name]), where
         shutil.rmtree(copy)
         power.on_step = on_step
+        watch()
 
+    def watch() -> None:
+        nonlocal unwatch
+        unwatch = failpoints.watch(cut)
+
+    unwatch = lambda: None  # noqa: E731
+    watch()
+    store = AdapterStore(power.root, max_generations=4)
+    store.open()
     power.on_step = cut
-    for name, number in [("red", 1), ("red", 2), ("green", 2), ("red", None), ("red", 2), ("blue", 3), ("green", None)]:
-        allowed[name] = "-" if number is None else str(number)
-        if number is None:
-            store.delete(name)
-        else:
-            publish(store, name, number)
-        acknowledged[name] = allowed[name]
-        cut()
-    assert num_cuts > 40
+    try:
+        for change in TOUR + [random_change(rng) for _ in range(12)]:
+            contents = outcome(store, change)
+            if contents is None:
+                continue
+            allowed[change[1]] = contents
+            apply(store, change)
+            acknowledged[change[1]] = contents
+            cut()
+    finally:
+        unwatch()
+    assert set(cuts) == {"step", *STORE_FAILPOINTS}
+    assert len(cuts) > 100
 
 
-@pytest.mark.parametrize("step", ["sync_file", "sync_folder", "rename_durably"])
+@pytest.mark.parametrize("step", ["sync_file", "sync_folder", "rename"])
 def test_a_missing_fsync_would_be_seen(
     step: str, power: PowerLoss, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = AdapterStore(power.root)
     store.open()
-    monkeypatch.setattr(f"server.adapters.store.{step}", lambda *paths: os.rename(*paths) if len(paths) > 1 else None)
+    monkeypatch.setattr(f"server.adapters.store.{step}", lambda *paths: None)
     publish(store, "red", 1)
     power.restore(tmp_path / "cut")
     with pytest.raises((AssertionError, UnavailableError)):

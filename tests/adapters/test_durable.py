@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from server.durable import copy_stream, rename_durably, storage_errors, sync_file, sync_folder, write_file
+from server.durable import copy_stream, storage_errors, sync_file, sync_folder, write_file
 from server.errors import StorageFullError, TooLargeError, UnavailableError
 
 
@@ -45,19 +45,6 @@ def test_write_file_never_overwrites(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError):
         write_file(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"old"
-
-
-def test_rename_is_followed_by_the_fsync_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps: list[str] = []
-    real_replace, real_fsync = os.replace, os.fsync
-    monkeypatch.setattr(os, "replace", lambda a, b: (steps.append("rename"), real_replace(a, b)))
-    monkeypatch.setattr(os, "fsync", lambda fd: (steps.append(os.readlink(f"/proc/self/fd/{fd}")), real_fsync(fd)))
-    (tmp_path / "to").mkdir()
-    (tmp_path / "a").write_bytes(b"new")
-    (tmp_path / "to" / "b").write_bytes(b"old")
-    rename_durably(tmp_path / "a", tmp_path / "to" / "b")
-    assert steps == ["rename", str(tmp_path / "to")]
-    assert (tmp_path / "to" / "b").read_bytes() == b"new"
 
 
 def test_a_failed_fsync_leaves_no_descriptor_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from lora_core import checkpoint
 from lora_core import config as lora_config
-from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterStore, digest_of
+from server.adapters.objects import digest_of
+from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterStore
 from server.errors import InvalidRequestError, NotFoundError, UnavailableError
 from tests.adapters.stores import objects, opened, put, weights_of
 
@@ -78,37 +79,6 @@ def test_an_unknown_name_is_named(store: AdapterStore) -> None:
         store.delete("lost")
 
 
-# Generations
-
-
-def test_generations_count_up_across_deletes_and_starts(store: AdapterStore, tmp_path: Path) -> None:
-    assert put(store, "a", "one").generation == 1
-    assert put(store, "a", "two").generation == 2
-    assert store.delete("a").generation == 2
-    assert not store.records()
-    assert store.has_history("a")
-    store = opened(tmp_path)
-    assert put(store, "a", "two").generation == 3
-    store.check_integrity()
-
-
-def test_identical_contents_are_the_same_generation(store: AdapterStore, tmp_path: Path) -> None:
-    first = put(store, "a", "one", note="first")
-    assert put(store, "a", "one", note="second") == first
-    other = put(store, "b", "one")
-    assert (other.digest, other.generation) == (first.digest, 1)
-    store.delete("a")
-    assert weights_of(store, "b") == "one"
-    store.delete("b")
-    assert not objects(tmp_path)
-
-
-def test_a_replaced_object_goes(store: AdapterStore, tmp_path: Path) -> None:
-    put(store, "a", "one")
-    record = put(store, "a", "two")
-    assert objects(tmp_path) == {record.digest}
-
-
 # Holds
 
 
@@ -117,7 +87,7 @@ def test_a_hold_outlives_delete_and_replace(store: AdapterStore, tmp_path: Path)
     store.hold(digest)
     store.hold(digest)
     put(store, "a", "two")
-    store.delete("a")
+    assert store.delete("a").digests > {digest}
     store.release(digest)
     assert store.read(digest)[1] == b"one"
     store.release(digest)
@@ -149,3 +119,21 @@ def test_two_processes_cannot_use_one_store(tmp_path: Path) -> None:
     first.close()
     second.open()
     second.close()
+
+
+@pytest.mark.parametrize("layout", ["1\n", "3\n", "", "\xff"])
+def test_a_folder_of_another_layout_is_refused(tmp_path: Path, layout: str) -> None:
+    put(opened(tmp_path), "a", "one")
+    (tmp_path / "layout").write_text(layout, encoding="latin-1")
+    with pytest.raises(UnavailableError) as caught:
+        opened(tmp_path)
+    assert caught.value.code == "store_layout_unknown"
+    assert objects(tmp_path), "nothing was touched"
+
+
+def test_a_folder_from_before_layouts_were_marked_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "names").mkdir()
+    (tmp_path / "objects" / "x").mkdir(parents=True)
+    with pytest.raises(UnavailableError, match="layout '1'"):
+        opened(tmp_path)
+    assert objects(tmp_path) == {"x"}

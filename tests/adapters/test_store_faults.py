@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 
-from server.adapters.record import decode_record
+from server.adapters.record import decode_history
 from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterStore
 from server.errors import StorageFullError, UnavailableError
 from tests.adapters.stores import objects, opened, put, weights_of
@@ -54,13 +54,14 @@ def test_damaged_bytes_are_never_served(store: AdapterStore, tmp_path: Path, dam
 
 def test_a_flip_of_any_bit_of_a_record_is_seen(store: AdapterStore, tmp_path: Path) -> None:
     record = put(store, "a", "one", rank=8)
+    history = store.history("a")
     path = tmp_path / "names" / "a.json"
     sound = path.read_bytes()
     for bit in range(8 * len(sound)):
         damaged = bytearray(sound)
         damaged[bit // 8] ^= 1 << bit % 8
         with suppress(ValueError):
-            assert decode_record(damaged) == record  # a flip between blank characters changes nothing
+            assert decode_history(damaged) == history  # a flip between blank characters changes nothing
     flip(path, sound.index(record.digest.encode()))
     assert not opened(tmp_path).records()
     path.write_bytes(sound)
@@ -68,7 +69,7 @@ def test_a_flip_of_any_bit_of_a_record_is_seen(store: AdapterStore, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "contents", [b"", b"{", b"null", b"[]", b"[" * 100_000, b'{"format": 2}', b"\xff", b"9" * 5000, b'{"name": "b"}']
+    "contents", [b"", b"{", b"null", b"[]", b"[" * 100_000, b'{"format": 3}', b"\xff", b"9" * 5000, b'{"name": "b"}']
 )
 def test_a_damaged_record_stops_nothing_and_loses_nothing(tmp_path: Path, contents: bytes) -> None:
     store = opened(tmp_path)
@@ -89,7 +90,21 @@ def test_a_record_with_sound_checksum_and_odd_fields_is_left_alone(store: Adapte
     put(store, "a", "one")
     path = tmp_path / "names" / "a.json"
     sound = json.loads(path.read_bytes())
-    for change in ({"digest": "../x"}, {"generation": "1"}, {"generation": 0}, {"details": []}, {"created_at": "now"}):
+    one = sound["generations"][0]
+    changes = [
+        {"digest": "../x"}, {"digest": 1}, {"generation": "1"}, {"generation": 0}, {"generation": 2}, {"details": []},
+        {"created_at": "now"}, {"labels": None}, {"num_bytes": 1.5}, {"note": {}},
+    ]  # fmt: skip
+    damaged = [{"generations": [one | change]} for change in changes]
+    damaged += [
+        {"generations": [one, one]},
+        {"generations": {}},
+        {"generations": [1]},
+        {"current": 2},
+        {"current": None},
+    ]
+    damaged += [{"num_published": 0}, {"is_pinned": 1}, {"name": ["a"]}, {"name": "../a"}]
+    for change in damaged:
         values = {key: value for key, value in (sound | change).items() if key != "checksum"}
         checksum = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
         path.write_text(json.dumps(values | {"checksum": checksum}))
@@ -99,7 +114,8 @@ def test_a_record_with_sound_checksum_and_odd_fields_is_left_alone(store: Adapte
 def test_fields_of_later_versions_are_read_over(store: AdapterStore, tmp_path: Path) -> None:
     record = put(store, "a", "one")
     path = tmp_path / "names" / "a.json"
-    values = json.loads(path.read_bytes()) | {"history": [1, 2]}
+    values = json.loads(path.read_bytes()) | {"future": [1, 2]}
+    values["generations"][0]["future"] = 1
     del values["checksum"]
     checksum = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps(values | {"checksum": checksum}))
@@ -137,6 +153,10 @@ CHANGES: dict[str, Callable[[AdapterStore], object]] = {
     "replace": lambda store: put(store, "a", "new"),
     "delete": lambda store: store.delete("a"),
     "share": lambda store: put(store, "new", "old"),
+    "rollback": lambda store: store.rollback("a"),
+    "promote": lambda store: store.promote("a", 1),
+    "drop": lambda store: store.delete_generation("a", 1),
+    "label": lambda store: store.annotate("a", None, {"a": "b"}, None),
 }
 
 
@@ -149,12 +169,14 @@ def state(store: AdapterStore) -> dict[str, str]:
 def test_the_nth_step_fails(change: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever step it is: the old state is served, the store goes on, and a crash brings back old or new, whole."""
     after = {"publish": {"a": "old", "new": "new"}, "replace": {"a": "new"}, "delete": {}}
-    after["share"] = {"a": "old", "new": "old"}
+    after |= {"share": {"a": "old", "new": "old"}, "rollback": {"a": "first"}, "promote": {"a": "first"}}
+    after |= {"drop": {"a": "old"}, "label": {"a": "old"}}
     expected = StorageFullError if number == errno.ENOSPC else UnavailableError
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     for n in range(1, 100):
         root = tmp_path / str(n)
         store = opened(root)
+        put(store, "a", "first")
         put(store, "a", "old")
         with monkeypatch.context() as patch:
             wrap = broken_after(n, number)
@@ -177,7 +199,7 @@ def test_the_nth_step_fails(change: str, number: int, tmp_path: Path, monkeypatc
         CHANGES[change](store)
         assert state(store) == state(opened(root)) == after[change]
         store.check_integrity()
-    assert n > (2 if change == "delete" else 6)
+    assert n > (6 if change in ("publish", "replace", "share") else 2)
 
 
 def test_a_generation_that_a_crash_may_show_is_not_given_again(store: AdapterStore, tmp_path: Path) -> None:

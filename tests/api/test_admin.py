@@ -188,6 +188,12 @@ def test_bad_forms(live: Live, client: httpx.Client) -> None:
     cases: list[tuple[dict[str, Any], int, str]] = [
         ({"json": {"name": "x"}}, 422, "not_multipart"),
         ({"files": _files(folder)}, 422, "missing_field"),
+        ({"data": {"name": "x", "nmae": "y"}, "files": _files(folder)}, 422, "multipart_invalid"),
+        ({"data": {"name": ["x", "y"]}, "files": _files(folder)}, 422, "multipart_invalid"),
+        ({"data": {"name": "x", "expected_generation": "-1"}, "files": _files(folder)}, 422, "invalid_value"),
+        ({"data": {"name": "x", "promote": "perhaps"}, "files": _files(folder)}, 422, "invalid_value"),
+        ({"data": {"name": "x", "labels": "[]"}, "files": _files(folder)}, 422, "label_invalid"),
+        ({"data": {"name": "x", "labels": '{"a": 1}'}, "files": _files(folder)}, 422, "label_invalid"),
         ({"data": {"name": "x"}, "files": _files(folder)[:1]}, 422, "adapter_files_missing"),
         ({"data": {"name": "x"}, "files": [("f", ("adapter_model.bin", b"\x80\x02"))]}, 422, "adapter_pickle"),
         ({"data": {"name": "x"}, "files": [("f", ("x.zip", b"PK\x03\x04nonsense"))]}, 422, "archive_invalid"),
