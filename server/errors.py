@@ -6,6 +6,8 @@ is stable and listed in the README. Messages are for people: they name values an
     ServerError
     ├── InvalidRequestError    a value is wrong                      kind "validation"
     ├── InvalidAdapterError    an adapter is understood and refused  kind "unprocessable"
+    ├── AuthenticationError    no valid key                          kind "authentication"
+    ├── ForbiddenError         the key does not reach so far         kind "forbidden"
     ├── NotFoundError          unknown adapter or route              kind "not_found"
     ├── ConflictError          changed under you, or in use          kind "conflict"
     ├── TooLargeError          more bytes than allowed               kind "too_large"
@@ -18,7 +20,9 @@ is stable and listed in the README. Messages are for people: they name values an
 from collections.abc import Mapping
 
 __all__ = [
+    "AuthenticationError",
     "ConflictError",
+    "ForbiddenError",
     "GenerationError",
     "InvalidAdapterError",
     "InvalidRequestError",
@@ -68,6 +72,16 @@ class InvalidRequestError(ServerError):
 class InvalidAdapterError(ServerError):
     kind = "unprocessable"
     code = "adapter_invalid"
+
+
+class AuthenticationError(ServerError):
+    kind = "authentication"
+    code = "invalid_api_key"
+
+
+class ForbiddenError(ServerError):
+    kind = "forbidden"
+    code = "scope_missing"
 
 
 class NotFoundError(ServerError):

@@ -1,10 +1,11 @@
 """From a prompt in a request to a stream of events: the one way into the engine."""
 
 import asyncio
+import copy
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -20,6 +21,14 @@ class NamedLease(AdapterLease, Protocol):
 
     @property
     def generations(self) -> Mapping[str, int]: ...
+
+
+Charge = Callable[[int], None]
+"""Takes the tokens of a request, prompt and output together, when it has ended; on the event loop."""
+
+
+def _charge_nobody(num_tokens: int) -> None:
+    """Where nobody's tokens are counted."""
 
 
 class AdapterDirectory(Protocol):
@@ -77,8 +86,11 @@ class Generation:
         finished: the last event; None while it runs.
     """
 
-    def __init__(self, engine: EngineLoop, timing: Timing, adapter_generations: Mapping[str, int]) -> None:
+    def __init__(
+        self, engine: EngineLoop, timing: Timing, adapter_generations: Mapping[str, int], charge: Charge
+    ) -> None:
         self._engine = engine
+        self._charge = charge
         self.timing = timing
         self.adapter_generations = adapter_generations
         self.request: GenerationRequest | None = None
@@ -96,6 +108,8 @@ class Generation:
                 self.timing.first_token_s = now
         else:
             self.timing.finished_s = now
+            if self.request is not None:
+                self._charge(len(self.request.prompt_ids) + self.num_generated)
         self._events.append(event)
         self._has_event.set()
 
@@ -155,6 +169,14 @@ class GenerationService:
         self._adapters = adapters
         self._delivery = delivery
         self._default_max_new_tokens = default_max_new_tokens
+        self._charge: Charge = _charge_nobody
+
+    def for_caller(self, adapters: AdapterDirectory, *, charge: Charge) -> "GenerationService":
+        """The same for one caller: it knows these adapters, and `charge` is told what each of its requests used."""
+        service = copy.copy(self)
+        service._adapters = adapters
+        service._charge = charge
+        return service
 
     async def start(
         self,
@@ -179,7 +201,7 @@ class GenerationService:
             prompt_ids = await asyncio.to_thread(self.codec.encode, prompt)
             if not sampling.max_new_tokens:
                 sampling = self._with_default_length(sampling, len(prompt_ids))
-            generation = Generation(self.engine, timing, {} if lease is None else lease.generations)
+            generation = Generation(self.engine, timing, {} if lease is None else lease.generations, self._charge)
             generation.request = GenerationRequest(
                 request_id=uuid.uuid4().hex,
                 prompt_ids=prompt_ids,

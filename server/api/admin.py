@@ -5,7 +5,6 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request
 
-from server.adapters.service import AdapterService
 from server.adapters.store import AdapterRecord
 from server.api.dependencies import Adapters
 from server.api.upload_form import OPENAPI_BODY, read_upload_form
@@ -17,6 +16,7 @@ from server.schemas.admin import (
     GenerationList,
     PromoteRequest,
 )
+from server.tenancy import CallerAdapters
 
 __all__ = ["router"]
 
@@ -89,5 +89,5 @@ async def rollback(name: str, adapters: Adapters, body: ExpectedGeneration = NOT
     return _info(adapters, record)
 
 
-def _info(adapters: AdapterService, record: AdapterRecord) -> AdapterInfo:
+def _info(adapters: CallerAdapters, record: AdapterRecord) -> AdapterInfo:
     return AdapterInfo.of(adapters.view(record))

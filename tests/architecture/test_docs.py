@@ -7,7 +7,7 @@ import pytest
 from fastapi import FastAPI
 from typer.main import get_command
 
-from server.api import admin, system, tgi
+from server.api import admin, draining, keys, system, tgi
 from server.cli import app as cli
 from server.settings import Settings
 from tests.architecture.source_tree import ROOT, sources
@@ -49,7 +49,7 @@ def test_every_flag_can_come_from_the_environment() -> None:
 
 def test_every_route_is_in_the_readme() -> None:
     app = FastAPI()
-    for router in (admin.router, system.router, tgi.router):
+    for router in (admin.router, draining.router, keys.router, system.router, tgi.router):
         app.include_router(router)
     for path, methods in app.openapi()["paths"].items():
         shown = re.sub(r"\{model_id\}", "{id}", path)

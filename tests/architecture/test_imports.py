@@ -15,10 +15,12 @@ EXTERNAL: dict[str, set[str]] = {
     "server.adapters.archive": set(),
     "server.adapters.registry": set(),
     "server.adapters.store": set(),
-    "server.api": {"fastapi", "starlette"},
+    "server.api": {"fastapi", "pydantic", "starlette"},
+    "server.auth": {"pydantic"},
     "server.app": {"fastapi", "torch"},
     "server.cli": {"pydantic", "rich", "typer", "uvicorn"},
     "server.demo": {"tokenizers", "torch", "transformers"},
+    "server.drain": {"uvicorn"},
     "server.durable": set(),
     "server.engine": {"torch", "transformers"},
     "server.engine.blocks": set(),
@@ -31,6 +33,7 @@ EXTERNAL: dict[str, set[str]] = {
     "server.metrics": {"prometheus_client"},
     "server.schemas": {"pydantic"},
     "server.settings": {"pydantic"},
+    "server.tenancy": set(),
     "server.text": {"tokenizers", "transformers"},
 }
 # ... and parts of the project that they may not know.
@@ -38,11 +41,12 @@ FORBIDDEN: dict[str, set[str]] = {
     "lora_core": {"server", "loramux_client"},
     "loramux_client": {"server", "lora_core"},
     "server.adapters": {"server.api", "server.app", "server.engine", "server.generation", "server.schemas"},
+    "server.auth": {"server.adapters", "server.api", "server.app", "server.engine", "server.generation"},
     "server.engine": {"server.adapters", "server.api", "server.app", "server.generation", "server.schemas"},
     "server.schemas": {"server.api", "server.app"},
     "server.api": {"server.app"},
 }
-SETTINGS_READERS = {"server.app", "server.cli", "server.settings"}
+SETTINGS_READERS = {"server.app", "server.cli.serve", "server.settings"}
 
 
 def _rule(table: dict[str, set[str]], module: str) -> set[str] | None:
