@@ -1,7 +1,7 @@
 """LoRA and DoRA adapters on one base model: injection, routing per row, PEFT's names and files."""
 
 from lora_core.checkpoint import load_adapter, parse_adapter, save_adapter
-from lora_core.config import LoraConfig
+from lora_core.config import LoftQConfig, LoraConfig
 from lora_core.errors import (
     AdapterNotFoundError,
     CheckpointError,
@@ -11,10 +11,13 @@ from lora_core.errors import (
     UnsupportedError,
 )
 from lora_core.layer import LoraLinear
-from lora_core.model import LoraModel, attach_slots, fold_adapter, wrap_linears
+from lora_core.model import LoraModel, get_peft_model, inject_adapter_in_model
 from lora_core.ops import apply_lora
+from lora_core.quant import prepare_model_for_kbit_training
 from lora_core.routing import Key, Route, Router, Run
+from lora_core.serving import attach_slots, fold_adapter, wrap_linears
 from lora_core.slots import LayerSlots, SlotBank
+from lora_core.state import get_peft_model_state_dict, set_peft_model_state_dict
 from lora_core.targets import resolve_targets
 from lora_core.weights import AdapterWeights, LoraTensors
 
@@ -25,6 +28,7 @@ __all__ = [
     "ConfigError",
     "Key",
     "LayerSlots",
+    "LoftQConfig",
     "LoraConfig",
     "LoraError",
     "LoraLinear",
@@ -39,9 +43,14 @@ __all__ = [
     "apply_lora",
     "attach_slots",
     "fold_adapter",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
     "load_adapter",
     "parse_adapter",
+    "prepare_model_for_kbit_training",
     "resolve_targets",
     "save_adapter",
+    "set_peft_model_state_dict",
     "wrap_linears",
 ]

@@ -6,11 +6,12 @@ used or the file is refused: nothing is skipped.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_core.config import CONFIG_NAME, LoraConfig
 from lora_core.errors import CheckpointError, TargetError, UnsupportedError
@@ -20,11 +21,16 @@ from lora_core.weights import AdapterWeights, LoraTensors
 
 __all__ = [
     "WEIGHTS_NAME",
+    "check_base_weight",
+    "check_shape",
     "check_tensors",
     "load_adapter",
     "non_finite_tensor",
     "parse_adapter",
+    "read_adapter",
+    "read_files",
     "save_adapter",
+    "write_adapter",
 ]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -42,6 +48,11 @@ PARTS = {
 }
 # PEFT adds it where an embedding is targeted (`save_embedding_layers="auto"`): the base model's, not the adapter's.
 BASE_WEIGHT = ".base_layer.weight"
+# What LoraModel loads, and slots cannot hold yet.
+UNSERVED = (
+    "bias", "layer_replication", "megatron_config", "modules_to_save", "target_parameters", "trainable_token_indices",
+)  # fmt: skip
+OLD_MAGNITUDE = ".lora_magnitude_vector.weight"
 
 
 def load_adapter(folder: str | Path) -> AdapterWeights:
@@ -50,6 +61,16 @@ def load_adapter(folder: str | Path) -> AdapterWeights:
     Raises:
         CheckpointError: a file is missing or malformed, or tensors and configuration disagree.
         ConfigError, UnsupportedError: from the configuration; a pickle file is refused too.
+    """
+    return parse_adapter(*read_files(folder))
+
+
+def read_files(folder: str | Path) -> tuple[bytes, bytes]:
+    """The contents of an adapter folder's two files.
+
+    Raises:
+        CheckpointError: one is missing.
+        UnsupportedError: the weights are a pickle file.
     """
     folder = Path(folder)
     if not (folder / CONFIG_NAME).is_file():
@@ -62,20 +83,90 @@ def load_adapter(folder: str | Path) -> AdapterWeights:
                 code="adapter_pickle",
             )
         raise CheckpointError(f"Can't find weights for '{folder}': there is no {WEIGHTS_NAME}")
-    return parse_adapter((folder / CONFIG_NAME).read_bytes(), (folder / WEIGHTS_NAME).read_bytes())
+    return (folder / CONFIG_NAME).read_bytes(), (folder / WEIGHTS_NAME).read_bytes()
 
 
 def parse_adapter(config_json: bytes, weights: bytes) -> AdapterWeights:
     """Build an adapter from the contents of its two files; errors as in `load_adapter`."""
     config = LoraConfig.from_json(config_json)
-    header = read_header(memoryview(weights), len(weights))
-    check_tensors(config, header)
-    try:
-        tensors = load(weights)
-    except SafetensorError as error:
-        raise CheckpointError(f"the safetensors file cannot be read: {error}") from None
+    config.require_plain()
+    for field in UNSERVED:
+        if getattr(config, field) not in (None, "none"):
+            raise UnsupportedError(f"`{field}` is set in {CONFIG_NAME} and is not supported")
+    check_tensors(config, read_header(memoryview(weights), len(weights)))
+    tensors = _load(weights)
     base_weights = {_split_key(key)[0]: tensors.pop(key) for key in list(tensors) if key.endswith(BASE_WEIGHT)}
     return AdapterWeights(config, _by_module(tensors), base_weights)
+
+
+def _load(weights: bytes) -> dict[str, Tensor]:
+    """Tensors by key; the file's header is checked before the library sees it."""
+    for info in read_header(memoryview(weights), len(weights)).values():
+        if info.dtype not in FLOATS:
+            raise CheckpointError(f"tensor {info.name!r} has dtype {info.dtype}; adapters hold floats")
+    try:
+        return load(weights)
+    except SafetensorError as error:
+        raise CheckpointError(f"the safetensors file cannot be read: {error}") from None
+
+
+def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """A PEFT adapter folder as its configuration and its tensors by key, without the prefix.
+
+    Raises: as `load_adapter`, but tensors are not compared with the configuration.
+    """
+    config_json, weights = read_files(folder)
+    config = LoraConfig.from_json(config_json)
+    tensors = {}
+    for key, tensor in _load(weights).items():
+        if not key.startswith(KEY_PREFIX):
+            raise CheckpointError(f"tensor {key[:200]!a} does not start with '{KEY_PREFIX}': not saved by PEFT")
+        name = key.removeprefix(KEY_PREFIX)
+        tensors[name.removesuffix(".weight") if name.endswith(OLD_MAGNITUDE) else name] = tensor
+    return config, tensors
+
+
+def write_adapter(
+    config: LoraConfig, tensors: Mapping[str, Tensor], folder: str | Path, *, dtype: torch.dtype | None = None
+) -> None:
+    """Write a PEFT adapter folder, creating it.
+
+    Args:
+        tensors: by key, without the prefix.
+        dtype: to save the tensors in; their own by default.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {KEY_PREFIX + key: t.detach().to("cpu", dtype or t.dtype).contiguous() for key, t in tensors.items()}
+    (folder / WEIGHTS_NAME).write_bytes(save(data, metadata={"format": "pt"}))
+    config.save(folder)
+
+
+def check_shape(name: str, part: LoraTensors, wanted: tuple[int, int]) -> None:
+    """Compare a module's factors with its layer's (out_features, in_features).
+
+    Raises:
+        TargetError: they differ.
+    """
+    shape = (part.lora_B.shape[0], part.lora_A.shape[1])
+    if shape != wanted:
+        raise TargetError(
+            f"module {name!r}: the adapter is for a layer {list(shape)}, the base model's is {list(wanted)}"
+        )
+
+
+def check_base_weight(name: str, saved: Tensor | None, layer: nn.Module) -> None:
+    """The copy of a base weight in an adapter's file must be the base model's own, rounded to the model's dtype.
+
+    Raises:
+        TargetError: it is another one.
+    """
+    own = cast(Tensor, layer.weight)
+    if saved is not None and (saved.shape != own.shape or not torch.equal(saved.to(own), own)):
+        raise TargetError(
+            f"module {name!r}: the adapter's file holds a base weight that is not this base model's; "
+            "it was trained on another model, or on one with a resized vocabulary"
+        )
 
 
 def save_adapter(adapter: AdapterWeights, folder: str | Path) -> None:

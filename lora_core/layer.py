@@ -1,86 +1,124 @@
-"""LoraLinear: a linear layer of the base model with its adapters beside it.
+"""LoraLayer: a layer of the base model with its LoRA and DoRA adapters beside it; and LoraLinear, for linear layers.
 
-The base layer stays the object it was, under `base_layer`, and is always called through its own forward, so that
-quantized layers work as they are. Adapters come from one of two places: trainable parameters named as PEFT names
-them (`lora_A`, `lora_B`, `lora_magnitude_vector`), or, in a server, the layer's slots.
+The base layer is always called through its own forward, so that quantized layers work as they are. Adapters come from
+one of two places: trainable parameters named as PEFT names them (`lora_A`, `lora_B`, `lora_magnitude_vector`), or, in a
+server, the layer's slots.
+
+Every kind of layer is a linear map underneath, and says how: its weight as a matrix [O, I], its adapters' factors A
+[R, I] and B [O, R], and how A meets the layer's input. Folding, merging and mixing know only that.
 """
 
-import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from lora_core.adapter_module import AdapterModule
 from lora_core.errors import AdapterNotFoundError, UnsupportedError
-from lora_core.maths import Folded, fold
-from lora_core.ops import apply_lora
-from lora_core.routing import Key, Router
+from lora_core.maths import Folded, delta_weight, dora_gain, fold
+from lora_core.ops import apply_rows
+from lora_core.quant import dequantized_weight, is_quantized, keep_layout, quantized_like
+from lora_core.routing import Key, Route, Router
 from lora_core.slots import LayerSlots
 from lora_core.weights import LoraTensors
 
-__all__ = ["LoraLinear", "MagnitudeVector", "is_linear", "linear_shape", "linear_weight"]
+__all__ = ["LoraLayer", "LoraLinear", "MagnitudeVector", "is_conv1d", "is_linear", "linear_shape", "linear_weight"]
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True for the layers that can carry an adapter: nn.Linear, GPT-2's Conv1D, or one that is wrapped already."""
-    return isinstance(module, nn.Linear | LoraLinear) or _is_conv1d(module)
+    """True for nn.Linear and its subclasses, GPT-2's Conv1D, or one of them that is wrapped already."""
+    return isinstance(module, nn.Linear | LoraLinear) or is_conv1d(module)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D (weight [I, O]), told by its name: this package does not import transformers."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def linear_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as [O, I], a view where possible.
-
-    Raises:
-        UnsupportedError: the weight is not stored as plain floats.
-    """
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    """The weight of a linear layer as [O, I] in floating point; a view where possible, else dequantized."""
+    if is_quantized(module):
+        return dequantized_weight(module)
+    weight = cast(Tensor, module.weight)
     if not weight.is_floating_point():
         raise UnsupportedError(f"the weight of a {type(module).__name__} is stored as {weight.dtype}")
-    return weight.T if _is_conv1d(module) else weight
+    return weight.T if is_conv1d(module) else weight
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features)."""
-    if _is_conv1d(module):
+    if is_conv1d(module):
         in_features, out_features = cast(Tensor, module.weight).shape
         return out_features, in_features
     return cast(int, module.out_features), cast(int, module.in_features)
 
 
 class MagnitudeVector(nn.Module):
-    """DoRA's magnitude, [O], in a module of its own so that its key is the one PEFT uses."""
+    """DoRA's magnitude in a module of its own, so that its key is the one PEFT uses."""
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(value)
 
 
-class LoraLinear(nn.Module):
-    """A linear layer with adapters.
+class LoraLayer(AdapterModule):
+    """A layer with adapters; subclasses know the kind of layer.
 
     Args:
-        base_layer: nn.Linear, a subclass of it, or Conv1D.
-        router: tells which rows want which adapters.
-        is_head: the layer is the output embedding and runs on `router.head_route`.
+        base_layer: the layer itself.
+
+    Attributes:
+        slots: a server's adapters, by slot; None in the library.
+        scaling, r, lora_alpha: of each adapter that has factors here, by name.
     """
 
     def __init__(self, base_layer: nn.Module, router: Router, *, is_head: bool = False) -> None:
-        super().__init__()
+        super().__init__(router, is_head=is_head)
         self.base_layer = base_layer
-        self.out_features, self.in_features = linear_shape(base_layer)
-        self.router = router
-        self.is_head = is_head
+        keep_layout(base_layer)
+        self.out_features, self.in_features = self.shape_of(base_layer)
         self.slots: LayerSlots | None = None
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
         self.lora_dropout = nn.ModuleDict()
         self.lora_magnitude_vector = nn.ModuleDict()
+        self.trained_bias = nn.ParameterDict()
         self.scaling: dict[str, float] = {}
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+
+    # What a kind of layer knows.
+
+    @staticmethod
+    def shape_of(module: nn.Module) -> tuple[int, int]:
+        """(O, I) of the weight as a matrix."""
+        raise NotImplementedError
+
+    def matrix(self) -> Tensor:
+        """The base weight as [O, I]; a view where possible."""
+        raise NotImplementedError
+
+    def weight_of(self, matrix: Tensor) -> Tensor:
+        """[O, I] as the base layer stores it."""
+        raise NotImplementedError
+
+    def make_factors(self, r: int, *, bias: bool) -> tuple[nn.Module, nn.Module]:
+        """Modules for A and B, initialised as PyTorch does, in the order in which PEFT draws."""
+        raise NotImplementedError
+
+    def shrink(self, x: Tensor, a: Tensor) -> Tensor:
+        """A's part: inputs in their own form and a [R, I] -> [tokens, R]."""
+        raise NotImplementedError
+
+    def adapt(self, y: Tensor, x: Tensor, route: Route) -> Tensor:
+        """Add the adapters' part to the base layer's output."""
+        raise NotImplementedError
+
+    # What all kinds share.
 
     @property
     def weight(self) -> Any:
@@ -94,66 +132,185 @@ class LoraLinear(nn.Module):
     def device(self) -> torch.device:
         return next(self.base_layer.parameters()).device
 
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """What PEFT trains in: float32 beside half precision."""
+        dtype = self.weight.dtype if not is_quantized(self.base_layer) else torch.float32
+        return torch.float32 if dtype in HALF else dtype
+
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = self.base_layer(x, *args, **kwargs)
-        route = self.router.head_route if self.is_head else self.router.route
-        if route is None or route.is_base:
-            return y
-        return apply_lora(y, x, self if self.slots is None else self.slots, route, self.bias)
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        y = self.base_layer(x, *args, **kwargs)
+        route = self.route
+        return y if route is None else self.adapt(y, x, route)
+
+    def source(self) -> Any:
+        """Where `apply_lora` finds this layer's adapters."""
+        return self if self.slots is None else self.slots
 
     def add_adapter(
         self,
         name: str,
         r: int,
+        lora_alpha: float,
         scaling: float,
         *,
         use_dora: bool = False,
         lora_bias: bool = False,
         dropout: float = 0.0,
     ) -> None:
-        """Create trainable parameters: A Kaiming-uniform, B zero, DoRA's magnitude ‖W0‖_row (PEFT's defaults)."""
-        weight = linear_weight(self.base_layer)
-        dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
-        lora_a = nn.Linear(self.in_features, r, bias=False, device=weight.device, dtype=dtype)
-        lora_b = nn.Linear(r, self.out_features, bias=lora_bias, device=weight.device, dtype=dtype)
-        nn.init.kaiming_uniform_(lora_a.weight, a=math.sqrt(5))
-        nn.init.zeros_(lora_b.weight)
-        if lora_bias:
-            nn.init.zeros_(lora_b.bias)
-        self.lora_A[name], self.lora_B[name] = lora_a, lora_b
-        self.scaling[name] = scaling
+        """Create an adapter's parameters with PyTorch's own starting values; `lora_core.init` sets PEFT's."""
+        place: dict[str, Any] = {"device": self.device, "dtype": self.adapter_dtype}
+        a, b = self.make_factors(r, bias=lora_bias)
+        self.lora_A[name], self.lora_B[name] = a.to(**place), b.to(**place)
+        self.r[name], self.lora_alpha[name], self.scaling[name] = r, lora_alpha, scaling
         if dropout > 0:
             self.lora_dropout[name] = nn.Dropout(dropout)
         if use_dora:
-            norm = torch.linalg.vector_norm(weight.detach().to(dtype), dim=1)
-            self.lora_magnitude_vector[name] = MagnitudeVector(norm)
+            self.lora_magnitude_vector[name] = MagnitudeVector(torch.empty(self.magnitude_shape(), **place))
+
+    def add_bias(self, name: str) -> None:
+        """Let the adapter train the base layer's bias: a copy of its own."""
+        self.trained_bias[name] = nn.Parameter(self.bias.detach().clone())
+
+    def magnitude_shape(self) -> tuple[int, ...]:
+        return (self.out_features,)
+
+    def reset_magnitude(self, name: str) -> None:
+        """DoRA's starting value: the norm of every row of W0 + s·B·A."""
+        part = self.tensors(name)
+        if part.magnitude is not None:
+            one = torch.ones_like(part.magnitude)
+            with torch.no_grad():
+                part.magnitude.copy_(1 / dora_gain(one, self.matrix(), part.lora_A, part.lora_B, self.scaling[name]))
+
+    def delete(self, name: str) -> None:
+        for parts in (self.lora_A, self.lora_B, self.lora_dropout, self.lora_magnitude_vector, self.trained_bias):
+            if name in parts:
+                del parts[name]
+        for numbers in (self.scaling, self.r, self.lora_alpha):
+            numbers.pop(name, None)
+
+    @property
+    def adapter_names(self) -> set[str]:
+        return set(self.scaling) | set(self.trained_bias)
+
+    def has_factors(self, name: object) -> bool:
+        return name in self.scaling
+
+    def state(self, name: str) -> dict[str, nn.Parameter]:
+        out = self.factor_state(name) if self.has_factors(name) else {}
+        if name in self.lora_magnitude_vector:
+            out["lora_magnitude_vector"] = cast(MagnitudeVector, self.lora_magnitude_vector[name]).weight
+        if name in self.trained_bias:
+            out["base_layer.bias" if out else "bias"] = self.trained_bias[name]
+        return out
+
+    def factor_state(self, name: str) -> dict[str, nn.Parameter]:
+        a, b = self.lora_A[name], self.lora_B[name]
+        return {f"lora_A.{key}": p for key, p in a.named_parameters()} | {
+            f"lora_B.{key}": p for key, p in b.named_parameters()
+        }
 
     def tensors(self, name: str) -> LoraTensors:
-        """The adapter's parameters.
+        """The adapter's parameters as matrices: views, through which they can be changed.
 
         Raises:
             AdapterNotFoundError: this layer does not have it.
         """
-        if name not in self.lora_A:
+        if not self.has_factors(name):
             raise AdapterNotFoundError(f"Adapter {name} does not exist")
-        a, b = cast(nn.Linear, self.lora_A[name]), cast(nn.Linear, self.lora_B[name])
+        state = list(self.factor_state(name).values())
         magnitude = None
         if name in self.lora_magnitude_vector:
-            magnitude = cast(MagnitudeVector, self.lora_magnitude_vector[name]).weight
-        return LoraTensors(a.weight, b.weight, b.bias, magnitude)
+            magnitude = cast(MagnitudeVector, self.lora_magnitude_vector[name]).weight.flatten()
+        bias = state[2] if len(state) > 2 else None
+        return LoraTensors(state[0].flatten(1), state[1].flatten(1), bias, magnitude)
 
     def folded(self, key: Key) -> Folded | None:
         """The adapter folded afresh from its parameters, differentiable (`AdapterSource`)."""
-        if not isinstance(key, str) or key not in self.lora_A:
+        if not isinstance(key, str) or not (self.has_factors(key) or key in self.trained_bias):
             return None
+        trained = self.trained_bias[key] - self.bias if key in self.trained_bias else None
+        if not self.has_factors(key):
+            like = cast(Tensor, trained)
+            return Folded(like.new_empty(0, self.in_features), like.new_empty(0, self.out_features), None, trained)
         part = self.tensors(key)
-        weight = None if part.magnitude is None else linear_weight(self.base_layer)
-        out = fold(part, self.scaling[key], weight)
+        out = fold(part, self.scaling[key], None if part.magnitude is None else self.matrix())
+        bias = trained if out.bias is None else out.bias if trained is None else out.bias + trained
         dropout = self.lora_dropout[key] if key in self.lora_dropout else None  # noqa: SIM401 - a ModuleDict has no get
-        return Folded(out.a, out.b, out.gain, out.bias, dropout)
+        return Folded(out.a, out.b, out.gain, bias, dropout)
+
+    def base_part(self, x: Tensor) -> Tensor:
+        """W0·x without the bias, [tokens, O], for inputs other than the layer's own (DoRA under dropout)."""
+        return self.shrink(x, self.matrix().to(x.dtype))
+
+    def get_delta_weight(self, name: str) -> Tensor:
+        """What the adapter adds to the base weight, in its stored form: s·B·A, for DoRA with its gain."""
+        return self.weight_of(self.delta_matrix(name))
+
+    def delta_matrix(self, name: str) -> Tensor:
+        """[O, I]: s·B·A, or diag(gain)·(W0 + s·B·A) - W0 for DoRA."""
+        part, scaling = self.tensors(name), self.scaling[name]
+        delta = delta_weight(part.lora_A, part.lora_B, scaling)
+        if part.magnitude is None:
+            return delta
+        weight = self.matrix().to(delta.dtype)
+        gain = dora_gain(part.magnitude, weight, part.lora_A, part.lora_B, scaling)
+        return gain[:, None] * (weight + delta) - weight
+
+    def merged_parameters(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
+        matrix = None
+        bias = None if self.bias is None else self.bias.detach()
+        for name, weight in weights.items():
+            if self.has_factors(name):
+                if matrix is None:
+                    matrix = self.matrix().detach().float() if self.weight.dtype in HALF else self.matrix().detach()
+                matrix = matrix + weight * self.delta_matrix(name)
+            folded = self.folded(name)
+            if folded is not None and folded.bias is not None:
+                if bias is None:
+                    raise UnsupportedError(
+                        "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
+                    )
+                bias = out["bias"] = (bias + weight * folded.bias).to(self.bias.dtype)
+        if matrix is not None:
+            out["weight"] = self.stored(matrix)
+        return out
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """[O, I] in the form, dtype and quantization of the base weight."""
+        if is_quantized(self.base_layer):
+            return quantized_like(self.base_layer, matrix)
+        return self.weight_of(matrix).to(self.weight.dtype).contiguous()
 
     def extra_repr(self) -> str:
-        return f"adapters={sorted(self.lora_A)}" if self.slots is None else "adapters in slots"
+        return f"adapters={sorted(self.scaling)}" if self.slots is None else "adapters in slots"
+
+
+class LoraLinear(LoraLayer):
+    """A linear layer with adapters: nn.Linear, a subclass of it (quantized ones among them), or Conv1D."""
+
+    @staticmethod
+    def shape_of(module: nn.Module) -> tuple[int, int]:
+        return linear_shape(module)
+
+    def matrix(self) -> Tensor:
+        return linear_weight(self.base_layer)
+
+    def weight_of(self, matrix: Tensor) -> Tensor:
+        return matrix.T if is_conv1d(self.base_layer) else matrix
+
+    def make_factors(self, r: int, *, bias: bool) -> tuple[nn.Module, nn.Module]:
+        return nn.Linear(self.in_features, r, bias=False), nn.Linear(r, self.out_features, bias=bias)
+
+    def shrink(self, x: Tensor, a: Tensor) -> Tensor:
+        return F.linear(x, a)
+
+    def adapt(self, y: Tensor, x: Tensor, route: Route) -> Tensor:
+        rows = y.reshape(-1, y.shape[-1])
+        inputs = x.reshape(-1, x.shape[-1])
+        return apply_rows(rows, inputs, self.source(), route, self.bias, self.shrink, self.base_part).view(y.shape)

@@ -1,155 +1,188 @@
-"""LoraModel: a base model with adapters in it."""
+"""LoraModel: a base model with adapters in it, under PEFT's method names."""
 
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora_core.checkpoint import load_adapter, save_adapter
+from lora_core.adapter_module import AdapterModule
+from lora_core.checkpoint import check_base_weight, read_adapter, write_adapter
 from lora_core.config import LoraConfig
-from lora_core.errors import AdapterNotFoundError, ConfigError, TargetError
-from lora_core.layer import LoraLinear, is_linear, linear_shape, linear_weight
-from lora_core.maths import Folded, fold
-from lora_core.routing import Route, Router
-from lora_core.slots import LayerSlots, SlotBank
-from lora_core.targets import match_targets, output_embedding_name, resolve_targets
+from lora_core.errors import AdapterNotFoundError, ConfigError, TargetError, UnsupportedError
+from lora_core.inject import inject, replicate_layers, unwrap
+from lora_core.layer import LoraLayer
+from lora_core.merging import merge_adapters, unmerge_adapters
+from lora_core.routing import Route, Router, Run
+from lora_core.state import INJECTED, adapter_state, base_embeddings
+from lora_core.targets import with_default_targets
+from lora_core.weighted import add_weighted_adapter
 from lora_core.weights import AdapterWeights, LoraTensors
 
-__all__ = ["LoraModel", "attach_slots", "fold_adapter", "wrap_linears"]
+__all__ = ["BASE_NAME", "LoraModel", "get_peft_model", "inject_adapter_in_model"]
 
+# In `adapter_names`, a row that wants no adapter.
+BASE_NAME = "__base__"
 
-def wrap_linears(model: nn.Module, router: Router, names: Iterable[str] | None = None) -> dict[str, LoraLinear]:
-    """Put a LoraLinear in the place of linear layers of `model`, in place.
-
-    Args:
-        names: dotted names of the layers; all linear layers by default. One that is wrapped already stays as it is.
-
-    Returns:
-        The wrapped layers by name.
-    """
-    head = output_embedding_name(model)
-    if names is None:
-        names = [n for n, m in model.named_modules() if is_linear(m) and not n.endswith(".base_layer")]
-    out = {}
-    for name in names:
-        module = model.get_submodule(name)
-        if not isinstance(module, LoraLinear):
-            module = LoraLinear(module, router, is_head=name == head)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module)
-        out[name] = module
-    return out
-
-
-def attach_slots(layers: Mapping[str, LoraLinear], max_slots: int, *, dtype: torch.dtype) -> SlotBank:
-    """Give every layer slots for `max_slots` adapters, held in `dtype`; memory is taken as adapters come."""
-    slots = {
-        name: LayerSlots(layer.in_features, layer.out_features, max_slots, dtype=dtype, device=layer.device)
-        for name, layer in layers.items()
-    }
-    for name, layer in layers.items():
-        layer.slots = slots[name]
-    return SlotBank(slots, max_slots)
-
-
-def fold_adapter(adapter: AdapterWeights, layers: Mapping[str, LoraLinear], *, dtype: torch.dtype) -> dict[str, Folded]:
-    """Fold a whole adapter for slots, in float32, then cast to `dtype`.
-
-    Raises:
-        TargetError: a module is not in `layers` or has another shape there, or folding overflows `dtype`.
-    """
-    out = {}
-    for target in match_targets(adapter.config, adapter.modules):
-        layer, part = layers.get(target.name), adapter.modules[target.name]
-        if layer is None:
-            raise TargetError(f"the base model has no linear layer {target.name!r}")
-        _check_shape(target.name, part, layer)
-        _check_base_weight(adapter, target.name, layer.base_layer)
-        part = part.map(torch.Tensor.float)
-        weight = None if part.magnitude is None else linear_weight(layer.base_layer).detach().cpu()
-        folded = fold(part, target.scaling, weight).to(dtype)
-        if not all(bool(torch.isfinite(t).all()) for t in folded.tensors()):
-            raise TargetError(f"module {target.name!r} is not finite in {dtype}", code="adapter_not_finite")
-        out[target.name] = folded
-    return out
-
-
-def _check_shape(name: str, part: LoraTensors, layer: nn.Module) -> None:
-    wanted, shape = linear_shape(layer), (part.lora_B.shape[0], part.lora_A.shape[1])
-    if shape != wanted:
-        raise TargetError(
-            f"module {name!r}: the adapter is for a layer {list(shape)}, the base model's is {list(wanted)}"
-        )
-
-
-def _check_base_weight(adapter: AdapterWeights, name: str, layer: nn.Module) -> None:
-    """The copy of a base weight in an adapter's file must be the base model's own, rounded to the model's dtype."""
-    saved = adapter.base_weights.get(name)
-    if saved is None:
-        return
-    own = linear_weight(layer)
-    if not torch.equal(saved.to(own), own):
-        raise TargetError(
-            f"module {name!r}: the adapter's file holds a base weight that is not this base model's; "
-            "it was trained on another model, or on one with a resized vocabulary"
-        )
+# What one row of a batch wants: an adapter, several with weight 1, or weighted ones.
+RowAdapters = str | Sequence[str] | Mapping[str, float]
 
 
 class LoraModel(nn.Module):
     """A base model with trainable adapters, changed in place.
 
+    The base model applies the active adapters wherever it is called, as under PEFT. Several active adapters are the
+    weighted sum of their weight changes, in whatever order; PEFT gives a DoRA adapter the result of those before it.
+
     Args:
-        model: any module with linear layers.
-        config: of the first adapter, or None to add adapters later.
-        adapter_name: its name.
+        model: any module with layers that can carry adapters.
+        config: of the first adapter, or one per adapter by name, or None to add adapters later.
+        adapter_name: the name of the first one.
 
     Attributes:
+        layers: the modules with LoRA by their names in the base model, for parameters by those of the file.
         peft_config: configuration by adapter name.
-        active_adapters: names of the adapters that `forward` applies, each with weight 1.
+        active_adapters: names of the adapters that apply, each with weight 1.
     """
 
-    def __init__(self, model: nn.Module, config: LoraConfig | None = None, adapter_name: str = "default") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LoraConfig | Mapping[str, LoraConfig] | None = None,
+        adapter_name: str = "default",
+    ) -> None:
         super().__init__()
         self.model = model
         self.router = Router()
-        self.layers: dict[str, LoraLinear] = {}
+        self.layers: dict[str, LoraLayer] = {}
         self.peft_config: dict[str, LoraConfig] = {}
         self.active_adapters: list[str] = []
+        self.parts: dict[str, dict[str, AdapterModule]] = {}
+        self._is_enabled = True
+        self._replication: tuple[tuple[int, int], ...] | None = None
         self.requires_grad_(False)
-        if config is not None:
-            self.add_adapter(adapter_name, config)
-            self.set_adapter(adapter_name)
+        configs = config if isinstance(config, Mapping) else {} if config is None else {adapter_name: config}
+        for name, one in configs.items():
+            self.add_adapter(name, one)
+        if configs:
+            first = next(iter(configs))
+            self.set_adapter(first, inference_mode=configs[first].inference_mode)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    # Running.
+
+    def forward(self, *args: Any, adapter_names: Sequence[RowAdapters] | None = None, **kwargs: Any) -> Any:
+        """Run the model.
+
+        Args:
+            adapter_names: one entry per row of the batch: a name, "__base__", a list of names, or weights by name.
+                DoRA, whole modules and embeddings included, which PEFT refuses. By default every row has the active
+                adapters.
+
+        Raises:
+            AdapterNotFoundError, UnsupportedError: a name does not exist, or adapters are merged.
+        """
+        if adapter_names is None:
+            return self.model(*args, **kwargs)
+        with self._rows(adapter_names):
+            return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[RowAdapters] | None = None, **kwargs: Any) -> Any:
+        """The model's own `generate`, with `adapter_names` as in `forward`; rows may be repeated for beams."""
+        generate = cast(Any, self.model).generate
+        if adapter_names is None:
+            return generate(*args, **kwargs)
+        with self._rows(adapter_names):
+            return generate(*args, **kwargs)
+
+    @contextmanager
+    def _rows(self, adapter_names: Sequence[RowAdapters]) -> Iterator[None]:
+        if self.merged_adapters:
+            raise UnsupportedError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
+            raise UnsupportedError(
+                "`adapter_names` cannot be used under gradient checkpointing: rows would be forgotten"
+            )
+        rows = [_weights(row) for row in adapter_names]
+        unknown = {name for row in rows for name in row} - set(self.peft_config)
+        if unknown:
+            raise AdapterNotFoundError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        with self.router.use(Route(Run(row, 1) for row in rows)):
+            yield
+
+    # Adapters come and go.
 
     def add_adapter(self, adapter_name: str, config: LoraConfig) -> None:
         """Create an adapter's parameters; the active adapters stay as they are.
 
         Raises:
-            ConfigError: the name is taken or holds a dot.
+            ConfigError: the name is taken or holds a dot, or the configuration contradicts itself.
             TargetError: the configuration matches nothing in the model.
         """
-        if adapter_name in self.peft_config:
-            raise ConfigError(f"Adapter with name '{adapter_name}' already exists.")
-        if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
-            raise ConfigError("adapter names may not be empty, contain a dot or be an attribute of nn.ModuleDict")
-        targets = resolve_targets(config, self.model)
-        layers = wrap_linears(self.model, self.router, [target.name for target in targets])
-        for target in targets:
-            layers[target.name].add_adapter(
-                adapter_name,
-                target.r,
-                target.scaling,
-                use_dora=config.use_dora,
-                lora_bias=config.lora_bias,
-                dropout=config.lora_dropout,
-            )
-        self.layers |= layers
-        self.peft_config[adapter_name] = config
-        self._freeze_inactive()
+        self._add(adapter_name, config, starting_values=True)
 
-    def set_adapter(self, adapter_name: str | list[str]) -> None:
-        """Make these adapters, and no others, active and trainable.
+    def _add(self, name: str, config: LoraConfig, *, starting_values: bool) -> None:
+        if name in self.peft_config:
+            raise ConfigError(f"Adapter with name '{name}' already exists.")
+        if not name or "." in name or hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+            raise ConfigError("adapter names may not be empty, contain a dot or be an attribute of nn.ModuleDict")
+        if self.merged_adapters:
+            raise UnsupportedError("adapters are merged: call `unmerge_adapter` before adding another")
+        self._replicate(config)
+        config = with_default_targets(config, self.model)
+        try:
+            parts = inject(self.model, self.router, config, name, starting_values=starting_values)
+        except BaseException:
+            for module in self.model.modules():
+                if isinstance(module, AdapterModule):
+                    module.delete(name)
+            unwrap(self.model, only_empty=True)
+            raise
+        self.parts[name], self.peft_config[name] = parts, config
+        self.layers |= {key: module for key, module in parts.items() if isinstance(module, LoraLayer)}
+        self._freeze(name, trainable=False)
+
+    def _replicate(self, config: LoraConfig) -> None:
+        if config.layer_replication == self._replication or config.layer_replication is None:
+            return
+        if self.peft_config or self._replication is not None:
+            raise ConfigError("`layer_replication` must be that of the model's first adapter")
+        replicate_layers(self.model, config.layer_replication)
+        self._replication = config.layer_replication
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter. If it alone was active, the first of those that are left becomes active, as in PEFT.
+
+        Raises:
+            AdapterNotFoundError: it does not exist.
+            UnsupportedError: it is merged.
+        """
+        self._require(adapter_name)
+        if adapter_name in self.merged_adapters:
+            raise UnsupportedError(
+                f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
+            )
+        for module in self.parts.pop(adapter_name).values():
+            module.delete(adapter_name)
+        del self.peft_config[adapter_name]
+        self.layers = {key: layer for key, layer in self.layers.items() if any(key in p for p in self.parts.values())}
+        if adapter_name in self.active_adapters:
+            left = [name for name in self.active_adapters if name != adapter_name] or sorted(self.peft_config)[:1]
+            self.set_adapter(left)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters, and no others, active, and trainable unless `inference_mode`; merged ones are unmerged.
 
         Raises:
             AdapterNotFoundError: one does not exist.
@@ -157,51 +190,201 @@ class LoraModel(nn.Module):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for name in names:
             self._require(name)
+        self.unmerge_adapter()
         self.active_adapters = names
-        self._freeze_inactive()
+        for name in self.peft_config:
+            self._freeze(name, trainable=name in names and not inference_mode)
+        self._apply_active()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self.router.use(Route.uniform(dict.fromkeys(self.active_adapters, 1.0))):
-            return self.model(*args, **kwargs)
+    def enable_adapter_layers(self) -> None:
+        """Apply the active adapters again; what is trainable stays as it was (PEFT makes all active ones trainable)."""
+        self._is_enabled = True
+        self._apply_active()
+
+    def disable_adapter_layers(self) -> None:
+        """Be the base model until `enable_adapter_layers`; merged adapters are unmerged. Trained biases are off too."""
+        self.unmerge_adapter()
+        self._is_enabled = False
+        self._apply_active()
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Be the base model within a block."""
+        before = self._is_enabled
+        self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            if before:
+                self.enable_adapter_layers()
+
+    def _apply_active(self) -> None:
+        active = self.active_adapters if self._is_enabled else []
+        self.router.default = Route.uniform(dict.fromkeys(active, 1.0)) if active else None
+
+    def _freeze(self, name: str, *, trainable: bool) -> None:
+        for module in self.parts[name].values():
+            for parameter in module.state(name).values():
+                if parameter.is_floating_point() and isinstance(parameter, nn.Parameter):
+                    parameter.requires_grad_(trainable)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        **options: Any,
+    ) -> None:
+        """Combine adapters into a new one; options and errors as in `lora_core.weighted.add_weighted_adapter`."""
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, **options)
+
+    # Merging.
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Adapters whose change is in the base weights at the moment."""
+        return next((m.merged_adapters for m in self._modules_with_adapters() if m.merged_adapters), [])
+
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False, *, progressbar: bool = False
+    ) -> None:
+        """Put adapters, by default the active ones, into the base weights; the originals are kept.
+
+        Raises:
+            AdapterNotFoundError: one does not exist (PEFT merges nothing, silently).
+            UnsupportedError: layers are replicated, so that one weight would take several changes.
+            LoraError: `safe_merge`, and a merged weight is NaN or infinite; nothing is merged then.
+        """
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        for name in names:
+            self._require(name)
+        if self._replication is not None:
+            raise UnsupportedError("Cannot merge LORA layers when base model layers are replicated")
+        report = _show_progress if progressbar else None
+        merge_adapters(list(self._modules_with_adapters()), names, safe=safe_merge, report=report)
+
+    def unmerge_adapter(self) -> None:
+        """Put the original base weights back, bit for bit."""
+        unmerge_adapters(self._modules_with_adapters())
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """The base model with adapters, by default the active ones, in its weights and no trace of this package left.
+
+        A weight that was tied to another one and got a change of its own is its own from then on, and the model's
+        configuration says so; PEFT adds the change to both.
+
+        Raises: as `merge_adapter`.
+        """
+        self.merge_adapter(adapter_names, safe_merge, progressbar=progressbar)
+        return self._unload()
+
+    def unload(self) -> nn.Module:
+        """The base model as it was (PEFT leaves the copies of `modules_to_save` in it)."""
+        self.unmerge_adapter()
+        return self._unload()
+
+    def _unload(self) -> nn.Module:
+        unwrap(self.model)
+        config: Any = getattr(self.model, "config", None)
+        if getattr(config, "tie_word_embeddings", False) and not _embeddings_are_tied(self.model):
+            config.tie_word_embeddings = False
+        self.parts, self.layers, self.peft_config, self.active_adapters = {}, {}, {}, []
+        self.router.default = None
+        return self.model
+
+    def _modules_with_adapters(self) -> Iterator[AdapterModule]:
+        return (module for module in self.model.modules() if isinstance(module, AdapterModule))
+
+    # Files.
 
     def adapter_weights(self, adapter_name: str = "default") -> AdapterWeights:
-        """The adapter's current parameters."""
+        """The adapter's LoRA parameters by module, as matrices."""
         self._require(adapter_name)
-        layers = {name: layer for name, layer in self.layers.items() if adapter_name in layer.lora_A}
-        modules = {name: layer.tensors(adapter_name) for name, layer in layers.items()}
-        base_weights = {name: layer.weight for name, layer in layers.items() if layer.is_head}
-        return AdapterWeights(self.peft_config[adapter_name], modules, base_weights)
+        modules: dict[str, LoraTensors] = {}
+        for key, layer in self.parts[adapter_name].items():
+            if isinstance(layer, LoraLayer) and layer.has_factors(adapter_name):
+                modules[key] = layer.tensors(adapter_name)
+        return AdapterWeights(self.peft_config[adapter_name], modules, base_embeddings(self, adapter_name))
 
-    def save_pretrained(self, folder: str | Path, adapter_name: str = "default") -> None:
-        """Write a PEFT adapter folder."""
-        save_adapter(self.adapter_weights(adapter_name), folder)
+    def save_pretrained(
+        self, folder: str | Path, adapter_name: str = "default", *, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write a PEFT adapter folder; in the parameters' own dtype, or in `dtype`."""
+        self._require(adapter_name)
+        state = adapter_state(self, adapter_name)
+        write_adapter(self.peft_config[adapter_name], state, folder, dtype=dtype)
 
-    def load_adapter(self, folder: str | Path, adapter_name: str) -> None:
+    def load_adapter(self, folder: str | Path, adapter_name: str = "default") -> None:
         """Add an adapter from a PEFT folder; inactive until `set_adapter`.
 
         Raises:
-            LoraError: the folder is no valid adapter, or does not fit the model.
+            LoraError: the folder is no valid adapter, or does not fit the model, which is as it was then.
         """
-        adapter = load_adapter(folder)
-        targets = {target.name for target in resolve_targets(adapter.config, self.model)}
-        if targets != set(adapter.modules):
-            odd = min(targets ^ set(adapter.modules))
-            raise TargetError(f"the adapter's file and configuration disagree about module {odd!r}")
-        for name, part in adapter.modules.items():
-            _check_shape(name, part, self.model.get_submodule(name))
-            _check_base_weight(adapter, name, self.model.get_submodule(name))
-        self.add_adapter(adapter_name, adapter.config)
-        with torch.no_grad():
-            for name, part in adapter.modules.items():
-                for own, saved in zip(self.layers[name].tensors(adapter_name).tensors(), part.tensors(), strict=True):
-                    own.copy_(saved)
+        config, tensors = read_adapter(folder)
+        config.require_plain()
+        self._add(adapter_name, replace(config, inference_mode=False), starting_values=False)
+        try:
+            self._fill(adapter_name, tensors)
+        except BaseException:
+            self.delete_adapter(adapter_name)
+            unwrap(self.model, only_empty=True)
+            raise
 
-    def _freeze_inactive(self) -> None:
-        for layer in self.layers.values():
-            for parts in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
-                for name, part in parts.items():
-                    part.requires_grad_(name in self.active_adapters)
+    @torch.no_grad()
+    def _fill(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        own = adapter_state(self, name, with_base=False)
+        base = base_embeddings(self, name)
+        odd = min(set(own) ^ (set(tensors) - {f"{module}.base_layer.weight" for module in base}), default=None)
+        if odd is not None:
+            raise TargetError(f"the adapter's file and configuration disagree about {odd!r}")
+        for key, parameter in own.items():
+            if parameter.shape != tensors[key].shape:
+                raise TargetError(f"{key!r}: the adapter holds {list(tensors[key].shape)}, not {list(parameter.shape)}")
+        for module in base:
+            check_base_weight(module, tensors.get(f"{module}.base_layer.weight"), self.layers[module].base_layer)
+        for key, parameter in own.items():
+            parameter.copy_(tensors[key])
 
     def _require(self, name: str) -> None:
         if name not in self.peft_config:
             raise AdapterNotFoundError(f"Adapter {name} does not exist")
+
+
+def _show_progress(done: int, total: int) -> None:
+    print(f"\rmerged {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _weights(row: RowAdapters) -> dict[str, float]:
+    if isinstance(row, Mapping):
+        return dict(row)
+    names = [row] if isinstance(row, str) else list(row)
+    return {name: 1.0 for name in names if name != BASE_NAME}
+
+
+def _embeddings_are_tied(model: Any) -> bool:
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is None or head.weight is table.weight
+
+
+def get_peft_model(model: nn.Module, peft_config: LoraConfig, adapter_name: str = "default") -> LoraModel:
+    """`model` with a new adapter, active and trainable; the model itself is changed in place."""
+    return LoraModel(model, peft_config, adapter_name)
+
+
+def inject_adapter_in_model(peft_config: LoraConfig, model: nn.Module, adapter_name: str = "default") -> nn.Module:
+    """Add an adapter to a model and return the model itself, without a wrapper around it; the adapter is active.
+
+    Called again it adds another adapter, inactive. `get_peft_model_state_dict` and `set_peft_model_state_dict` take
+    the model.
+    """
+    lora: LoraModel | None = vars(model).get(INJECTED)
+    if lora is None:
+        vars(model)[INJECTED] = LoraModel(model, peft_config, adapter_name)
+    else:
+        lora.add_adapter(adapter_name, peft_config)
+    return model

@@ -101,13 +101,23 @@ class Router:
     """Where the layers of one model find the route of the forward pass under way.
 
     Attributes:
-        route: for every layer but the output embedding; None means the base model.
-        head_route: for the output embedding, which may run on fewer rows.
+        default: the route outside of `use`, also while gradient checkpointing computes a layer again; None is the base.
     """
 
     def __init__(self) -> None:
-        self.route: Route | None = None
-        self.head_route: Route | None = None
+        self.default: Route | None = None
+        self._route: Route | None = None
+        self._head_route: Route | None = None
+
+    @property
+    def route(self) -> Route | None:
+        """For every layer but the output embedding; None means the base model."""
+        return self.default if self._route is None else self._route
+
+    @property
+    def head_route(self) -> Route | None:
+        """For the output embedding, which may run on fewer rows."""
+        return self.default if self._route is None else self._head_route
 
     @contextmanager
     def use(self, route: Route, head_route: Route | None = None) -> Iterator[None]:
@@ -116,10 +126,20 @@ class Router:
         Raises:
             RuntimeError: a route is in use already.
         """
-        if self.route is not None:
+        if self._route is not None:
             raise RuntimeError("a route is already in use")
-        self.route, self.head_route = route, route if head_route is None else head_route
+        self._route, self._head_route = route, route if head_route is None else head_route
         try:
             yield
         finally:
-            self.route = self.head_route = None
+            self._route = self._head_route = None
+
+    @contextmanager
+    def within(self, route: Route) -> Iterator[None]:
+        """Inside a module that runs on some rows only, go on with these rows' own route."""
+        before = self._route, self._head_route
+        self._route = self._head_route = route
+        try:
+            yield
+        finally:
+            self._route, self._head_route = before

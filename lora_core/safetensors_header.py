@@ -16,7 +16,7 @@ __all__ = ["MAX_HEADER_BYTES", "TensorInfo", "read_header"]
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 10_000
-MAX_DIMS = 4
+MAX_DIMS = 5  # a convolution in three dimensions
 MAX_ITEMS = 1 << 48
 METADATA_KEY = "__metadata__"
 ITEM_BYTES = {

@@ -1,6 +1,7 @@
 """The application factory: the only place where concrete parts meet."""
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -16,25 +17,28 @@ from server.adapters.loader import AdapterLoader, BankSlots, FoldedAdapter
 from server.adapters.registry import AdapterRegistry
 from server.adapters.service import AdapterService
 from server.adapters.store import AdapterStore
-from server.api import admin, draining, keys, system, tgi
+from server.api import admin, chat, completions, draining, keys, system, tgi, tokens
 from server.api.authentication import Authentication
 from server.api.draining import DrainGate
 from server.api.envelopes import install_error_handlers
 from server.api.middleware import BodyLimit, RequestId
+from server.api.model_names import BASE_NAME, ModelNames
 from server.auth.audit import AuditLog
 from server.auth.key_file import KeyFile
 from server.auth.limits import Limiter
+from server.delivery import Delivery
 from server.demo import demo_adapters
 from server.demo.model import ensure_demo_model
 from server.drain import Drain
 from server.engine import EngineConfig, EngineLoop, ModelRunner, load_runner
 from server.engine.selfcheck import check_against_reference
-from server.errors import InvalidRequestError
-from server.generation import Delivery, GenerationService
+from server.errors import InvalidRequestError, NotFoundError
+from server.generation import GenerationService
 from server.metrics import Metrics
+from server.schemas.body import MAX_SEQUENCES, MAX_STOP_STRINGS
 from server.schemas.system import Info
-from server.schemas.tgi import MAX_STOP_STRINGS
 from server.settings import Settings
+from server.structured import StructuredOutput
 from server.text import TextCodec
 
 __all__ = ["Server", "build_server", "create_app"]
@@ -57,7 +61,9 @@ class Server:
     store: AdapterStore
     registry: AdapterRegistry
     adapters: AdapterService
+    structured: StructuredOutput
     generations: GenerationService
+    names: ModelNames
     metrics: Metrics
     info: Info
     keys: KeyFile | None
@@ -67,6 +73,7 @@ class Server:
     def close(self) -> None:
         """Stop everything; open requests fail. Calling it again does nothing."""
         self.engine.close()
+        self.structured.close()
         self.registry.close()
         self.store.close()
         if self.audit is not None:
@@ -95,7 +102,8 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
     runner = load_runner(path, config, dtype=dtype, device=device)
     error = check_against_reference(runner)
     report(f"the engine agrees with transformers on this model (relative error {error:.1e})")
-    codec = TextCodec(path)
+    codec = TextCodec(path, vocab_size=runner.facts.vocab_size, eos_token_ids=runner.facts.eos_token_ids)
+    structured = StructuredOutput(codec)
     delivery = Delivery()
     engine = EngineLoop(runner, max_waiting=settings.max_waiting, num_threads=num_threads, on_step=delivery.flush)
     store = AdapterStore(
@@ -111,7 +119,7 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
         store, read, BankSlots(runner.bank), max_host_bytes=settings.host_memory, on_change=engine.wake
     )
     limits = ArchiveLimits(max_weights_bytes=settings.max_upload_bytes)
-    base_names = frozenset({model_id, "__base_model__"})
+    base_names = frozenset({model_id, BASE_NAME})
     adapters = AdapterService(store, registry, loader, base_names=base_names, limits=limits)
     _import_adapters(settings, store, adapters, report)
     return Server(
@@ -121,9 +129,11 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
         store=store,
         registry=registry,
         adapters=adapters,
+        structured=structured,
         generations=GenerationService(
-            engine, codec, adapters, delivery, default_max_new_tokens=settings.max_new_tokens
+            engine, codec, adapters, delivery, structured, default_max_new_tokens=settings.max_new_tokens
         ),
+        names=_names(settings, adapters, model_id),
         metrics=Metrics(
             lambda: engine.stats,
             registry.stats,
@@ -155,12 +165,15 @@ def create_app(server: Server, settings: Settings) -> FastAPI:
     )
     app.state.adapters = server.adapters
     app.state.generations = server.generations
+    app.state.names = server.names
     app.state.metrics = server.metrics
     app.state.info = server.info
     app.state.keys = server.keys
     app.state.drain = server.drain
     app.state.limiter = Limiter()
-    for router in (tgi.router, system.router, draining.router, admin.router, keys.router):
+    app.state.fingerprint = _fingerprint(server.info)
+    generating = (tgi.router, completions.router, chat.router, tokens.router)
+    for router in (*generating, system.router, draining.router, admin.router, keys.router):
         app.include_router(router)
     install_error_handlers(app)
     app.add_middleware(
@@ -235,6 +248,23 @@ def _import_adapters(settings: Settings, store: AdapterStore, adapters: AdapterS
             report(f"imported adapter {name} ({record.details['type']}, rank {record.details['rank']})")
 
 
+def _names(settings: Settings, adapters: AdapterService, model_id: str) -> ModelNames:
+    def exists(name: str) -> bool:
+        try:
+            adapters.get(name)
+        except NotFoundError:
+            return False
+        return True
+
+    return ModelNames(model_id, frozenset(settings.model_aliases), exists)
+
+
+def _fingerprint(info: Info) -> str:
+    """OpenAI's `system_fingerprint`: changes with what could change the output."""
+    text = f"{info.model_id} {info.model_dtype} {info.model_device_type} {info.version}"
+    return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def _info(settings: Settings, runner: ModelRunner, model_id: str) -> Info:
     longest = runner.max_model_len
     return Info(
@@ -242,6 +272,7 @@ def _info(settings: Settings, runner: ModelRunner, model_id: str) -> Info:
         model_dtype=str(runner.dtype).removeprefix("torch."),
         model_device_type=runner.device.type,
         max_concurrent_requests=settings.max_running + settings.max_waiting,
+        max_best_of=MAX_SEQUENCES,
         max_stop_sequences=MAX_STOP_STRINGS,
         max_input_length=longest - 1,
         max_input_tokens=longest - 1,

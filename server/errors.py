@@ -5,6 +5,7 @@ is stable and listed in the README. Messages are for people: they name values an
 
     ServerError
     ├── InvalidRequestError    a value is wrong                      kind "validation"
+    │   └── ContextLengthError prompt and output do not fit
     ├── InvalidAdapterError    an adapter is understood and refused  kind "unprocessable"
     ├── AuthenticationError    no valid key                          kind "authentication"
     ├── ForbiddenError         the key does not reach so far         kind "forbidden"
@@ -22,6 +23,7 @@ from collections.abc import Mapping
 __all__ = [
     "AuthenticationError",
     "ConflictError",
+    "ContextLengthError",
     "ForbiddenError",
     "GenerationError",
     "InvalidAdapterError",
@@ -67,6 +69,19 @@ class ServerError(Exception):
 class InvalidRequestError(ServerError):
     kind = "validation"
     code = "invalid_value"
+
+
+class ContextLengthError(InvalidRequestError):
+    code = "context_length_exceeded"
+
+    def __init__(self, limit: int, num_prompt_tokens: int, max_new_tokens: int) -> None:
+        super().__init__(
+            f"`inputs` tokens + `max_new_tokens` must be <= {limit}. "
+            f"Given: {num_prompt_tokens} `inputs` tokens and {max_new_tokens} `max_new_tokens`"
+        )
+        self.limit = limit
+        self.num_prompt_tokens = num_prompt_tokens
+        self.max_new_tokens = max_new_tokens
 
 
 class InvalidAdapterError(ServerError):

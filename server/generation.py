@@ -1,19 +1,22 @@
-"""From a prompt in a request to a stream of events: the one way into the engine."""
+"""From a prompt in a request to a stream of tokens: the one way into the engine."""
 
 import asyncio
 import copy
-import time
 import uuid
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from server.engine import EngineLoop, Event, Failed, Finished, GenerationRequest, SamplingParams, Token
+from server.delivery import Charge, Delivery, GenerationGroup, charge_nobody
+from server.engine import EngineLoop, GenerationRequest, SamplingParams
 from server.engine.ports import AdapterLease
-from server.text import TextCodec
+from server.errors import ContextLengthError, InvalidRequestError
+from server.structured import Grammar, StructuredOutput, TokenMasks
+from server.text import StopRule, TextCodec
 
-__all__ = ["AdapterDirectory", "Delivery", "Generation", "GenerationService"]
+__all__ = ["AdapterDirectory", "GenerationService", "GenerationTask"]
+
+MAX_SEEDS = 1 << 64
 
 
 class NamedLease(AdapterLease, Protocol):
@@ -23,129 +26,33 @@ class NamedLease(AdapterLease, Protocol):
     def generations(self) -> Mapping[str, int]: ...
 
 
-Charge = Callable[[int], None]
-"""Takes the tokens of a request, prompt and output together, when it has ended; on the event loop."""
-
-
-def _charge_nobody(num_tokens: int) -> None:
-    """Where nobody's tokens are counted."""
-
-
 class AdapterDirectory(Protocol):
     """Turns names into leases."""
 
     def open_lease(self, weights: Mapping[str, float]) -> NamedLease | None: ...
 
 
-class Delivery:
-    """Carries events from the engine's thread to the event loop, once a step however many there are.
-
-    `emit` and `flush` are called on the engine's thread.
-    """
-
-    def __init__(self) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._pending: list[tuple[Generation, Event]] = []
-
-    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Deliver on this event loop."""
-        self._loop = loop
-
-    def emit(self, generation: "Generation", event: Event) -> None:
-        self._pending.append((generation, event))
-
-    def flush(self) -> None:
-        if not self._pending or self._loop is None:
-            return
-        pending, self._pending = self._pending, []
-        try:
-            self._loop.call_soon_threadsafe(_deliver, pending)
-        except RuntimeError:  # the event loop is closed: nobody is left to hear it
-            return
-
-
-def _deliver(events: Sequence[tuple["Generation", Event]]) -> None:
-    for generation, event in events:
-        generation.put(event)
-
-
-@dataclass(slots=True)
-class Timing:
-    """Moments of a generation on the monotonic clock, in seconds; None until they have come."""
-
-    started_s: float = field(default_factory=time.monotonic)
-    first_token_s: float | None = None
-    finished_s: float | None = None
-
-
-class Generation:
-    """One accepted request, as its caller sees it: iterate for tokens, read the rest when the iteration is over.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationTask:
+    """What a caller wants: some sequences for each of some prompts.
 
     Attributes:
-        adapter_generations: generation by adapter name, of the adapters that answer it.
-        finished: the last event; None while it runs.
+        prompts: texts, or token ids.
+        sampling: `max_new_tokens` 0 stands for the default; the i-th sequence of a prompt has the seed plus i.
+        adapters: weight by name; empty for the base model.
+        bad_words: texts that may not come out, as they stand or after a space.
+        truncate: keep this many tokens of a prompt, the last ones.
     """
 
-    def __init__(
-        self, engine: EngineLoop, timing: Timing, adapter_generations: Mapping[str, int], charge: Charge
-    ) -> None:
-        self._engine = engine
-        self._charge = charge
-        self.timing = timing
-        self.adapter_generations = adapter_generations
-        self.request: GenerationRequest | None = None
-        self.finished: Finished | None = None
-        self.num_generated = 0
-        self._events: deque[Event] = deque()
-        self._has_event = asyncio.Event()
-
-    def put(self, event: Event) -> None:
-        """On the event loop: take an event from the engine."""
-        now = time.monotonic()
-        if isinstance(event, Token):
-            self.num_generated += 1
-            if self.timing.first_token_s is None:
-                self.timing.first_token_s = now
-        else:
-            self.timing.finished_s = now
-            if self.request is not None:
-                self._charge(len(self.request.prompt_ids) + self.num_generated)
-        self._events.append(event)
-        self._has_event.set()
-
-    async def __aiter__(self) -> AsyncIterator[Token]:
-        """The tokens as they come.
-
-        Raises:
-            ServerError: the request failed; tokens may have come before.
-        """
-        while True:
-            while not self._events:
-                self._has_event.clear()
-                await self._has_event.wait()
-            event = self._events.popleft()
-            if isinstance(event, Failed):
-                raise event.error
-            if isinstance(event, Finished):
-                self.finished = event
-                return
-            yield event
-
-    @property
-    def is_complete(self) -> bool:
-        """All tokens that will come have been taken: the last token's step also brings the end."""
-        return bool(self._events) and isinstance(self._events[0], Finished)
-
-    def cancel(self) -> None:
-        """Give up; harmless when it has ended."""
-        if self.request is not None:
-            self._engine.cancel(self.request)
-
-    @property
-    def queue_s(self) -> float:
-        """Seconds from arrival to the first step that worked on it."""
-        request = self.request
-        return 0.0 if request is None or request.admitted_s is None else request.admitted_s - request.arrived_s
+    prompts: Sequence[str | Sequence[int]]
+    sampling: SamplingParams
+    num_sequences: int = 1
+    adapters: Mapping[str, float] = field(default_factory=dict)
+    stop: StopRule = field(default_factory=StopRule)
+    bad_words: Sequence[str] = ()
+    grammar: Grammar | None = None
+    add_special_tokens: bool = True
+    truncate: int | None = None
 
 
 class GenerationService:
@@ -161,6 +68,7 @@ class GenerationService:
         codec: TextCodec,
         adapters: AdapterDirectory,
         delivery: Delivery,
+        structured: StructuredOutput,
         *,
         default_max_new_tokens: int,
     ) -> None:
@@ -168,55 +76,92 @@ class GenerationService:
         self.codec = codec
         self._adapters = adapters
         self._delivery = delivery
+        self._structured = structured
         self._default_max_new_tokens = default_max_new_tokens
-        self._charge: Charge = _charge_nobody
+        self._charge: Charge = charge_nobody
 
     def for_caller(self, adapters: AdapterDirectory, *, charge: Charge) -> "GenerationService":
-        """The same for one caller: it knows these adapters, and `charge` is told what each of its requests used."""
+        """The same for one caller: it knows these adapters, and `charge` is told what its requests use."""
         service = copy.copy(self)
         service._adapters = adapters
         service._charge = charge
         return service
 
-    async def start(
-        self,
-        prompt: str,
-        sampling: SamplingParams,
-        *,
-        adapters: Mapping[str, float],
-        stop: Sequence[str] = (),
-    ) -> Generation:
-        """Submit a request.
-
-        Args:
-            sampling: `max_new_tokens` 0 stands for the default.
-            adapters: weight by name; empty for the base model.
+    async def start(self, task: GenerationTask) -> GenerationGroup:
+        """Submit a task's sequences: all of them, those of the first prompt first, or none.
 
         Raises:
             ServerError: unknown adapter, prompt too long, queue full, and so on; nothing was started then.
         """
-        timing = Timing()
-        lease = self._adapters.open_lease(adapters)
+        group = GenerationGroup(self.engine, self._charge)
+        leases: list[NamedLease | None] = []
+        num_submitted = 0
         try:
-            prompt_ids = await asyncio.to_thread(self.codec.encode, prompt)
-            if not sampling.max_new_tokens:
-                sampling = self._with_default_length(sampling, len(prompt_ids))
-            generation = Generation(self.engine, timing, {} if lease is None else lease.generations, self._charge)
-            generation.request = GenerationRequest(
-                request_id=uuid.uuid4().hex,
-                prompt_ids=prompt_ids,
-                sampling=sampling,
-                emit=lambda event: self._delivery.emit(generation, event),
-                lease=lease,
-                text=self.codec.stream(prompt_ids, stop),
-            )
-            self.engine.submit(generation.request)
+            leases += (self._adapters.open_lease(task.adapters) for _ in range(len(task.prompts) * task.num_sequences))
+            if leases[0] is not None:
+                group.adapter_generations = leases[0].generations
+            prompts, constraints = await asyncio.to_thread(self._prepare, task)
+            sampling = self._checked_sampling(task, prompts)
+            self._charge(sum(map(len, prompts)))
+            for i, lease in enumerate(leases):
+                ids = prompts[i // task.num_sequences]
+                request = GenerationRequest(
+                    request_id=uuid.uuid4().hex,
+                    prompt_ids=ids,
+                    sampling=replace(sampling, seed=(sampling.seed + i % task.num_sequences) % MAX_SEEDS),
+                    emit=self._delivery.emitter(group, i),
+                    lease=lease,
+                    text=self.codec.stream(ids, task.stop),
+                    constraint=constraints[i] if constraints else None,
+                )
+                group.add(request)
+                self.engine.submit(request)
+                num_submitted += 1
         except BaseException:
-            if lease is not None:
-                lease.release()
+            group.cancel()
+            for lease in leases[num_submitted:]:
+                if lease is not None:
+                    lease.release()
             raise
-        return generation
+        return group
 
-    def _with_default_length(self, sampling: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
-        room = self.engine.runner.max_model_len - num_prompt_tokens
-        return replace(sampling, max_new_tokens=max(1, min(self._default_max_new_tokens, room)))
+    def _prepare(self, task: GenerationTask) -> tuple[list[list[int]], list[TokenMasks]]:
+        """On a worker thread: each prompt's tokens, and each sequence's constraint."""
+        prompts = [self._encode(prompt, task) for prompt in task.prompts]
+        if task.grammar is None:
+            return prompts, []
+        return prompts, [self._structured.open(task.grammar) for _ in range(len(prompts) * task.num_sequences)]
+
+    def _encode(self, prompt: str | Sequence[int], task: GenerationTask) -> list[int]:
+        if isinstance(prompt, str):
+            ids = self.codec.encode(prompt, add_special_tokens=task.add_special_tokens)
+        else:
+            ids = list(prompt)
+            self._check_token_ids(ids, "prompt")
+        return ids if task.truncate is None else ids[-task.truncate :]
+
+    def _check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
+        unknown = next((i for i in token_ids if not 0 <= i < self.codec.vocab_size), None)
+        if unknown is not None:
+            message = f"`{param}`: the model has no token {unknown}; its vocabulary has {self.codec.vocab_size}"
+            raise InvalidRequestError(message, code="token_unknown", param=param)
+
+    def _checked_sampling(self, task: GenerationTask, prompts: Sequence[Sequence[int]]) -> SamplingParams:
+        """The task's sampling, complete, once every prompt is known to fit with its output."""
+        sampling = task.sampling
+        self._check_token_ids(list(sampling.logit_bias), "logit_bias")
+        longest = max(len(ids) for ids in prompts)
+        if not sampling.max_new_tokens:
+            room = self.engine.runner.max_model_len - longest
+            sampling = replace(sampling, max_new_tokens=max(1, min(self._default_max_new_tokens, room)))
+        limit = self.engine.runner.max_model_len
+        if longest + sampling.max_new_tokens > limit:
+            raise ContextLengthError(limit, longest, sampling.max_new_tokens)
+        if task.bad_words:
+            sampling = replace(sampling, bad_words=self._bad_words(task.bad_words))
+        return sampling
+
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        spellings = dict.fromkeys(form for word in words for form in (word, " " + word.lstrip()))
+        encoded = (tuple(self.codec.encode(text, add_special_tokens=False)) for text in spellings)
+        return tuple(dict.fromkeys(ids for ids in encoded if ids))

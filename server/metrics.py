@@ -14,9 +14,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from server.adapters.registry import RegistryStats
+from server.delivery import GenerationGroup
 from server.engine import EngineStats, FinishReason
 from server.errors import ServerError
-from server.generation import Generation
 
 __all__ = ["Metrics"]
 
@@ -59,18 +59,19 @@ class Metrics:
         )
 
     @contextmanager
-    def observe(self, generation: Generation) -> Iterator[None]:
-        """Count a generation by how the block ends."""
+    def observe(self, group: GenerationGroup) -> Iterator[None]:
+        """Count a call by how the block ends; with several sequences, by how the first one did."""
         outcome = "cancelled"
         try:
             yield
-            if generation.finished is not None and generation.finished.reason is not FinishReason.CANCELLED:
-                outcome = generation.finished.reason.value
+            finished = group.generations[0].finished
+            if finished is not None and finished.reason is not FinishReason.CANCELLED:
+                outcome = finished.reason.value
         except ServerError as error:
             outcome = error.code
             raise
         finally:
-            timing = generation.timing
+            timing = group.timing
             self._requests.labels(outcome).inc()
             self._duration.observe(time.monotonic() - timing.started_s)
             if timing.first_token_s is not None:

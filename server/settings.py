@@ -19,6 +19,7 @@ class Settings(BaseModel):
         audit_log: by default beside the keys, if there are any.
         allow_open: on an address that others can reach, too.
         drain_timeout_s: how long running requests may take once the server is told to stop.
+        model_aliases: more names for the base model, which some clients send when nobody named one.
         adapters: adapters to import at the start, folder by name; a name that the store knows already is left alone.
     """
 
@@ -37,6 +38,7 @@ class Settings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     adapters: dict[str, Path] = Field(default_factory=dict)
     served_model_name: str | None = None
+    model_aliases: tuple[str, ...] = ("tgi", "dummy")
 
     threads: int | None = Field(None, ge=1)
     max_running: int = Field(32, ge=1, le=1024)

@@ -134,6 +134,14 @@ class CallerAdapters:
                 return name
         raise _missing(name)
 
+    def knows(self, name: str) -> bool:
+        """The caller may use an adapter of this name."""
+        try:
+            self._find(name)
+        except NotFoundError:
+            return False
+        return not self._caller.sees_all or self._exists(name)
+
     def _exists(self, name: str) -> bool:
         try:
             self._service.get(name)

@@ -14,6 +14,19 @@ CORPUS = [
     "What is the capital of France? The capital of France is Paris, of course.",
     "Grüße aus Köln: 10 € für Käse! 日本語のテキスト 🎉👩‍👩‍👧 done",
 ]
+# Calls as Hermes' and Qwen's templates write them.
+CHAT_TEMPLATE = """\
+{%- if tools %}<tools>{% for tool in tools %}{{ tool.function.name }} {% endfor -%}
+</tools><tool_call>
+{% endif %}
+{%- for message in messages %}<{{ message.role }}>{{ message.content }}
+{%- for call in message.tool_calls or [] %}
+<tool_call>
+{{ {"name": call.function.name, "arguments": call.function.arguments} | tojson }}
+</tool_call>{% endfor %}</s>
+{%- if message.role == "user" and "forbidden" in message.content %}{{ raise_exception("forbidden word") }}{% endif %}
+{% endfor %}
+{%- if add_generation_prompt %}<assistant>{{ mood | default("") }}{% endif %}"""
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -34,6 +47,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
     )
 
 

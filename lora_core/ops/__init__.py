@@ -10,16 +10,23 @@ Semantics, for every token t, with w the route and everything on the right as it
 with no adapter keeps its bits, whatever other tokens' adapters hold (infinities among them).
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lora_core.maths import Folded
 from lora_core.ops import cpu
 from lora_core.routing import Key, Route
 
-__all__ = ["AdapterSource", "apply_lora"]
+__all__ = ["AdapterSource", "BasePart", "Shrink", "apply_lora", "apply_rows"]
+
+# (x, a [R, I]) -> x·aᵀ [tokens, R], for layers whose input is no row of features (token ids, images).
+Shrink = Callable[[Tensor, Tensor], Tensor]
+# x -> W0·x [tokens, O] without the bias.
+BasePart = Callable[[Tensor], Tensor]
 
 
 class AdapterSource(Protocol):
@@ -47,10 +54,34 @@ def apply_lora(y: Tensor, x: Tensor, adapters: AdapterSource, route: Route, base
     """
     if route.is_base:
         return y
-    x_rows = x.reshape(-1, x.shape[-1])
     y_rows = y.reshape(-1, y.shape[-1])
-    if x_rows.shape[0] % max(route.num_rows, 1):
-        raise ValueError(f"{x_rows.shape[0]} tokens cannot be split over {route.num_rows} rows")
+    return apply_rows(y_rows, x.reshape(-1, x.shape[-1]), adapters, route, base_bias).view(y.shape)
+
+
+def apply_rows(
+    y: Tensor,
+    x: Tensor,
+    adapters: AdapterSource,
+    route: Route,
+    base_bias: Tensor | None,
+    shrink: Shrink = F.linear,
+    base_part: BasePart | None = None,
+) -> Tensor:
+    """`apply_lora` for any layer that is a linear map underneath.
+
+    Args:
+        y: [Y, O], Y a multiple of the route's rows; may be overwritten when autograd is off.
+        x: inputs in the layer's own form, whose first dimension is a multiple of the route's rows.
+        base_part: needed where a DoRA adapter trains with dropout, which W0 must see too (as in PEFT).
+
+    Returns:
+        [Y, O], in the dtype of y.
+
+    Raises:
+        ValueError: the number of rows does not fit.
+    """
+    if x.shape[0] % max(route.num_rows, 1) or y.shape[0] % max(route.num_rows, 1):
+        raise ValueError(f"{x.shape[0]} tokens cannot be split over {route.num_rows} rows")
     if torch.is_grad_enabled():
-        y_rows = y_rows.clone()
-    return cpu.apply(y_rows, x_rows, adapters, route, base_bias).view(y.shape)
+        y = y.clone()
+    return cpu.apply(y, x, adapters, route, base_bias, shrink, base_part)

@@ -7,18 +7,20 @@
   number of adapters, only with the sum of their ranks.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_core.routing import Route, Run
+from lora_core.maths import Folded
+from lora_core.routing import Key, Route, Run
 from lora_core.slots import LayerSlots, Layout
 
 if TYPE_CHECKING:
-    from lora_core.ops import AdapterSource
+    from lora_core.ops import AdapterSource, BasePart, Shrink
 
 __all__ = ["apply"]
 
@@ -27,34 +29,59 @@ __all__ = ["apply"]
 SEGMENT_ROWS = 8_192
 
 
-def apply(y: Tensor, x: Tensor, adapters: "AdapterSource", route: Route, base_bias: Tensor | None) -> Tensor:
-    """y [T, O], x [T, I] -> [T, O]: y itself, updated in place; see `lora_core.ops.apply_lora`."""
+def apply(
+    y: Tensor,
+    x: Tensor,
+    adapters: "AdapterSource",
+    route: Route,
+    base_bias: Tensor | None,
+    shrink: "Shrink" = F.linear,
+    base_part: "BasePart | None" = None,
+) -> Tensor:
+    """y [T, O], x [T, I] -> [T, O]: y itself, updated in place; see `lora_core.ops.apply_lora` and `apply_rows`."""
     if isinstance(adapters, LayerSlots) and not torch.is_grad_enabled() and x.dtype == y.dtype == adapters.a.dtype:
         plan = _plan(route, adapters.layout, x)
         if plan is None:
             return y
         if isinstance(plan, _Dense):
             return _apply_dense(y, x, adapters, plan, base_bias)
-    return _apply_segments(y, x, adapters, route, base_bias)
+    return _apply_segments(y, x, adapters, route, base_bias, shrink, base_part)
 
 
-def _apply_segments(y: Tensor, x: Tensor, adapters: "AdapterSource", route: Route, base_bias: Tensor | None) -> Tensor:
-    tokens_per_row = x.shape[0] // route.num_rows
-    updates = []
-    for key, segments in route.segments.items():
-        adapter = adapters.folded(key)
-        if adapter is None:
-            continue
-        for segment in segments:
-            rows = slice(segment.start * tokens_per_row, segment.stop * tokens_per_row)
-            x_rows = x[rows].to(adapter.a.dtype)
-            h = F.linear(x_rows if adapter.dropout is None else adapter.dropout(x_rows), adapter.a)
+def _apply_segments(
+    y: Tensor,
+    x: Tensor,
+    adapters: "AdapterSource",
+    route: Route,
+    base_bias: Tensor | None,
+    shrink: "Shrink",
+    base_part: "BasePart | None",
+) -> Tensor:
+    x_per_row, y_per_row = x.shape[0] // route.num_rows, y.shape[0] // route.num_rows
+    found = {key: adapter for key in route.segments if (adapter := adapters.folded(key)) is not None}
+    updates: list[tuple[slice, Tensor, Tensor | None]] = []
+    for key, adapter in found.items():
+        dropout = adapter.dropout if adapter.dropout is not None and adapter.dropout.training else None
+        for segment in route.segments[key]:
+            rows = slice(segment.start * y_per_row, segment.stop * y_per_row)
+            x_rows = x[segment.start * x_per_row : segment.stop * x_per_row]
+            if x_rows.is_floating_point():
+                x_rows = x_rows.to(adapter.a.dtype)
+            if dropout is not None:
+                x_rows = dropout(x_rows)
+                if adapter.gain is not None and base_part is not None:  # W0 sees the same zeros as A
+                    updates.append((rows, base_part(x_rows) * (segment.weight * adapter.gain), None))
+            h = shrink(x_rows, adapter.a)
             if segment.weight != 1.0:
                 h = h * segment.weight
             updates.append((rows, h, adapter.b))
-    _apply_gains(y, adapters, route.runs, tokens_per_row, base_bias)
+        if dropout is not None and base_part is not None:
+            found[key] = replace(adapter, gain=None)
+    _apply_gains(y, found, route.runs, y_per_row, base_bias)
     for rows, h, b in updates:
-        if b.dtype == y.dtype:
+        if b is None:
+            y[rows] += h.to(y.dtype)
+        elif b.dtype == y.dtype:
             y[rows].addmm_(h, b)
         else:
             y[rows] += (h @ b).to(y.dtype)
@@ -62,15 +89,15 @@ def _apply_segments(y: Tensor, x: Tensor, adapters: "AdapterSource", route: Rout
 
 
 def _apply_gains(
-    y: Tensor, adapters: "AdapterSource", runs: tuple[Run, ...], tokens_per_row: int, base_bias: Tensor | None
+    y: Tensor, found: Mapping[Key, Folded], runs: tuple[Run, ...], tokens_per_row: int, base_bias: Tensor | None
 ) -> None:
     """The parts that are one vector per adapter: y[t] += gain·(y[t] - bias0) + bias. A run has one sum of each."""
     start = 0
     for weights, num_rows in runs:
         stop = start + num_rows * tokens_per_row
-        found = [(weight, adapters.folded(key)) for key, weight in weights.items()]
-        gain = sum(weight * a.gain for weight, a in found if a is not None and a.gain is not None)
-        bias = sum(weight * a.bias for weight, a in found if a is not None and a.bias is not None)
+        wanted = [(weight, found[key]) for key, weight in weights.items() if key in found]
+        gain = sum(weight * a.gain for weight, a in wanted if a.gain is not None)
+        bias = sum(weight * a.bias for weight, a in wanted if a.bias is not None)
         rows = y[start:stop]
         if isinstance(gain, Tensor):
             base = rows.clone() if base_bias is None else rows - base_bias  # autograd keeps it, and rows change

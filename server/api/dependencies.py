@@ -1,10 +1,12 @@
-"""What routes get from the application, as named types. Adapters and generations are those of the caller."""
+"""What routes get from the application, as named types. Adapters, names and generations are those of the caller."""
 
 from collections.abc import Mapping
 from typing import Annotated
 
 from fastapi import Depends, Request
 
+from server.api.model_names import ModelNames
+from server.api.openai import Services
 from server.auth.caller import Caller
 from server.auth.key_file import KeyFile
 from server.auth.limits import Limiter
@@ -14,7 +16,7 @@ from server.metrics import Metrics
 from server.schemas.system import Info
 from server.tenancy import CallerAdapters, Note
 
-__all__ = ["Adapters", "Generations", "Keys", "Noted", "ServedMetrics", "ServedModel"]
+__all__ = ["Adapters", "Generations", "Keys", "Names", "Noted", "OpenAIServices", "ServedMetrics", "ServedModel"]
 
 
 async def _note(request: Request) -> Note:
@@ -23,24 +25,6 @@ async def _note(request: Request) -> Note:
 
 def _forget(facts: Mapping[str, object]) -> None:
     """Where there is no audit log."""
-
-
-Noted = Annotated[Note, Depends(_note)]
-
-
-async def _adapters(request: Request, note: Noted) -> CallerAdapters:
-    return CallerAdapters(request.app.state.adapters, request.state.caller, note)
-
-
-Adapters = Annotated[CallerAdapters, Depends(_adapters)]
-
-
-async def _generations(request: Request, adapters: Adapters) -> GenerationService:
-    caller: Caller = request.state.caller
-    limiter: Limiter = request.app.state.limiter
-    return request.app.state.generations.for_caller(
-        adapters, charge=lambda num_tokens: limiter.charge(caller, num_tokens)
-    )
 
 
 async def _keys(request: Request) -> KeyFile:
@@ -58,7 +42,37 @@ async def _info(request: Request) -> Info:
     return request.app.state.info
 
 
-Generations = Annotated[GenerationService, Depends(_generations)]
+Noted = Annotated[Note, Depends(_note)]
 Keys = Annotated[KeyFile, Depends(_keys)]
 ServedMetrics = Annotated[Metrics, Depends(_metrics)]
 ServedModel = Annotated[Info, Depends(_info)]
+
+
+async def _adapters(request: Request, note: Noted) -> CallerAdapters:
+    return CallerAdapters(request.app.state.adapters, request.state.caller, note)
+
+
+Adapters = Annotated[CallerAdapters, Depends(_adapters)]
+
+
+async def _generations(request: Request, adapters: Adapters) -> GenerationService:
+    caller: Caller = request.state.caller
+    limiter: Limiter = request.app.state.limiter
+    return request.app.state.generations.for_caller(
+        adapters, charge=lambda num_tokens: limiter.charge(caller, num_tokens)
+    )
+
+
+async def _names(request: Request, adapters: Adapters) -> ModelNames:
+    return request.app.state.names.for_caller(adapters.knows)
+
+
+Generations = Annotated[GenerationService, Depends(_generations)]
+Names = Annotated[ModelNames, Depends(_names)]
+
+
+async def _services(request: Request, generations: Generations, names: Names, metrics: ServedMetrics) -> Services:
+    return Services(generations, names, metrics, request.app.state.fingerprint)
+
+
+OpenAIServices = Annotated[Services, Depends(_services)]

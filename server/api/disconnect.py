@@ -6,7 +6,10 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-__all__ = ["ClientGoneError", "or_disconnect"]
+__all__ = ["CLIENT_CLOSED_REQUEST", "ClientGoneError", "or_disconnect"]
+
+# nginx's number for "the client went first"; nobody reads the answer, but logs may.
+CLIENT_CLOSED_REQUEST = 499
 
 T = TypeVar("T")
 

@@ -13,6 +13,8 @@ __all__ = ["router"]
 router = APIRouter(tags=["system"])
 
 
+@router.get("/", response_class=Response)
+@router.get("/ping", response_class=Response)
 @router.get("/health", response_class=Response)
 async def health(generations: Generations) -> Response:
     """200 with an empty body when the engine runs."""

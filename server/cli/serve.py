@@ -49,6 +49,10 @@ def serve(
     served_model_name: Annotated[
         str | None, option("--served-model-name", "Name of the base model for clients.")
     ] = None,
+    model_alias: Annotated[
+        list[str] | None,
+        option("--model-alias", "One more name for the base model; tgi and dummy by default. Repeatable."),
+    ] = None,
     threads: Annotated[int | None, option("--threads", "CPU cores for the engine; all by default.")] = None,
     max_running: Annotated[int, option("--max-running", "Requests that generate at once.")] = DEFAULTS.max_running,
     max_waiting: Annotated[
@@ -83,6 +87,7 @@ def serve(
 ) -> None:
     """Serve a base model and its adapters over HTTP. Every flag can also be set as LORAMUX_<NAME>."""
     given = dict(locals())
+    given["model_aliases"] = tuple(given.pop("model_alias") or DEFAULTS.model_aliases)
     given["adapters"] = dict(parse_adapter_option(text) for text in given.pop("adapter") or ())
     try:
         settings = Settings(**given)

@@ -1,8 +1,17 @@
 """Continuous batching over one model and many adapters. The import surface of the engine."""
 
 from server.engine.loop import EngineLoop, EngineStats
-from server.engine.ports import AdapterLease, TokenText
-from server.engine.request import Event, Failed, Finished, FinishReason, GenerationRequest, SamplingParams, Token
+from server.engine.ports import AdapterLease, TokenConstraint, TokenText
+from server.engine.request import (
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    Token,
+    TokenLogprob,
+)
 from server.engine.runner import EngineConfig, ModelRunner, load_runner
 
 __all__ = [
@@ -18,6 +27,8 @@ __all__ = [
     "ModelRunner",
     "SamplingParams",
     "Token",
+    "TokenConstraint",
+    "TokenLogprob",
     "TokenText",
     "load_runner",
 ]

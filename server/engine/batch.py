@@ -12,10 +12,20 @@ from server.engine.blocks import NULL_BLOCK
 from server.engine.request import GenerationRequest
 from server.engine.scheduler import Chunk, Step
 
-__all__ = ["Batch", "build_batch"]
+__all__ = ["Batch", "PromptRows", "build_batch"]
 
 # Padded tokens that cost about as much as one more attention call per layer.
 MAX_PADDED_TOKENS = 1_024
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRows:
+    """Places [start, stop) among a batch's wanted logits, which tell of the prompt tokens from `position` + 1 on."""
+
+    request: GenerationRequest
+    position: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +38,10 @@ class Batch:
         groups: attention groups that cover the tokens.
         route: which token wants which adapters, and its part for the rows in `last_rows`.
         last_rows: [N] tokens whose logits are wanted, ascending.
-        sampled: the N requests that they belong to.
+        sampled: the requests that get a token; the logits of the last one's row are each's ...
+        sampled_rows: ... at these places of the N, or at all of them if this is None.
+        prompt_rows: requests whose prompt's log-probabilities are wanted: places [start, stop) of the N are those of
+            its tokens from `position` on.
         new_blocks: cache blocks to be zeroed first.
     """
 
@@ -40,6 +53,8 @@ class Batch:
     head_route: Route
     last_rows: Tensor
     sampled: list[GenerationRequest]
+    sampled_rows: Tensor | None
+    prompt_rows: list[PromptRows]
     new_blocks: list[int]
 
 
@@ -52,6 +67,8 @@ def build_batch(step: Step, block_size: int, device: torch.device) -> Batch:
     position_ids: list[int] = []
     cache_positions: list[int] = []
     last_rows: list[int] = []
+    sampled_rows: list[int] = []
+    prompt_rows: list[PromptRows] = []
     for chunk in chunks:
         blocks = chunk.request.block_ids
         input_ids += chunk.request.token_ids(chunk.start, chunk.stop)
@@ -59,7 +76,14 @@ def build_batch(step: Step, block_size: int, device: torch.device) -> Batch:
         cache_positions += (
             blocks[p // block_size] * block_size + p % block_size for p in range(chunk.start, chunk.stop)
         )
+        first_row = len(input_ids) - chunk.num_tokens
+        num_prompt = _num_prompt_rows(chunk)
+        if num_prompt:
+            start = len(last_rows)
+            last_rows += range(first_row, first_row + num_prompt)
+            prompt_rows.append(PromptRows(chunk.request, chunk.start, start, len(last_rows)))
         if chunk.is_last:
+            sampled_rows.append(len(last_rows))
             last_rows.append(len(input_ids) - 1)
     route = Route(Run(chunk.request.route_weights, chunk.num_tokens) for chunk in chunks)
     return Batch(
@@ -71,8 +95,18 @@ def build_batch(step: Step, block_size: int, device: torch.device) -> Batch:
         head_route=route.select(last_rows),
         last_rows=torch.tensor(last_rows, dtype=torch.long, device=device),
         sampled=[chunk.request for chunk in chunks if chunk.is_last],
+        sampled_rows=torch.tensor(sampled_rows, dtype=torch.long, device=device) if prompt_rows else None,
+        prompt_rows=prompt_rows,
         new_blocks=step.new_blocks,
     )
+
+
+def _num_prompt_rows(chunk: Chunk) -> int:
+    """Tokens of a chunk, from its first on, whose next token is one of the prompt's whose log-probability is wanted."""
+    request = chunk.request
+    if not request.sampling.prompt_logprobs:
+        return 0
+    return max(min(chunk.stop, len(request.prompt_ids) - 1) - chunk.start, 0)
 
 
 def _attention_groups(chunks: Sequence[Chunk], block_size: int, device: torch.device) -> list[AttentionGroup]:

@@ -11,14 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from server.engine.batch import build_batch
+from server.engine.batch import PromptRows, build_batch
 from server.engine.blocks import BlockPool
 from server.engine.request import Event, Failed, Finished, FinishReason, GenerationRequest, Token
 from server.engine.runner import ModelRunner
-from server.engine.sampling import Sampled, sample
+from server.engine.sampling import Sampled, prompt_logprobs, sample
 from server.engine.scheduler import Scheduler, Step
-from server.errors import GenerationError, InvalidRequestError, OverloadedError, UnavailableError
+from server.errors import ContextLengthError, GenerationError, InvalidRequestError, OverloadedError, UnavailableError
 
 __all__ = ["EngineLoop", "EngineStats"]
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 # So many failed steps in a row mean that the fault is the engine's, not one request's.
 MAX_FAILED_STEPS = 3
+# Rows of logits that are turned into float32 at once for a prompt's log-probabilities.
+MAX_LOGPROB_ROWS = 64
 # An idle engine looks up after this long, in case somebody forgot to wake it.
 IDLE_WAIT_S = 0.5
 
@@ -102,15 +105,11 @@ class EngineLoop:
         """Refuse what can never fit.
 
         Raises:
-            InvalidRequestError: the sequence would be longer than the context.
+            ContextLengthError: the sequence would be longer than the context.
         """
         limit = self.runner.max_model_len
         if num_prompt_tokens + max_new_tokens > limit:
-            raise InvalidRequestError(
-                f"`inputs` tokens + `max_new_tokens` must be <= {limit}. "
-                f"Given: {num_prompt_tokens} `inputs` tokens and {max_new_tokens} `max_new_tokens`",
-                code="context_length_exceeded",
-            )
+            raise ContextLengthError(limit, num_prompt_tokens, max_new_tokens)
 
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request; from here on the engine owns its lease.
@@ -214,7 +213,12 @@ class EngineLoop:
         """Run a step's chunks and pass on what they give; returns the number of new tokens."""
         batch = build_batch(step, self._pool.block_size, self.runner.device)
         logits = self.runner.forward(batch)
-        results = sample(logits, batch.sampled) if batch.sampled else []
+        for rows in batch.prompt_rows:
+            _note_prompt(rows, logits)
+        if batch.sampled_rows is not None:
+            logits = logits[batch.sampled_rows]
+        eos_token_ids = self.runner.facts.eos_token_ids
+        results = sample(logits, batch.sampled, eos_token_ids=eos_token_ids) if batch.sampled else []
         self._scheduler.commit(step)
         for request, sampled in zip(batch.sampled, results, strict=True):
             self._advance(request, sampled)
@@ -224,15 +228,20 @@ class EngineLoop:
         """Append a request's new token, emit it, and end the request if it is the last one."""
         if sampled.token_id is None:
             error = GenerationError("the model's output is not finite: the adapter overflows", code="output_not_finite")
+            if sampled.is_blocked:
+                error = GenerationError("no token is left that may come next", code="no_token_allowed")
             self._end(request, Failed(error))
             return
         token_id = sampled.token_id
         request.output_ids.append(token_id)
+        is_complete = request.constraint is not None and request.constraint.accept(token_id)
         text, hit_stop = ("", False) if request.text is None else request.text.push(token_id)
         reason = FinishReason.STOP if hit_stop else self._finish_reason(request, token_id)
+        if reason is None and is_complete:
+            reason = FinishReason.EOS
         if reason is not None and request.text is not None and not hit_stop:
             text += request.text.finish()
-        request.emit(Token(token_id, text, sampled.logprob))
+        request.emit(Token(token_id, text, sampled.logprob, sampled.top))
         if reason is not None:
             self._end(request, Finished(reason))
 
@@ -266,3 +275,14 @@ class EngineLoop:
             num_generated_tokens=old.num_generated_tokens + num_sampled,
             num_preemptions=scheduler.num_preemptions,
         )
+
+
+def _note_prompt(rows: PromptRows, logits: Tensor) -> None:
+    """Keep the log-probabilities of prompt tokens; those that are known from before a preemption are left alone."""
+    request = rows.request
+    known = max(len(request.prompt_logprobs) - rows.position, 0)
+    for start in range(rows.start + known, rows.stop, MAX_LOGPROB_ROWS):
+        stop = min(start + MAX_LOGPROB_ROWS, rows.stop)
+        position = rows.position + start - rows.start
+        token_ids = request.prompt_ids[position + 1 : position + 1 + stop - start]
+        request.prompt_logprobs += prompt_logprobs(logits[start:stop], token_ids, request.sampling.num_top_logprobs)

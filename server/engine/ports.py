@@ -6,7 +6,7 @@ from typing import Protocol
 from lora_core import Key
 from server.leases import LeaseState
 
-__all__ = ["AdapterLease", "TokenText"]
+__all__ = ["AdapterLease", "TokenConstraint", "TokenText"]
 
 
 class AdapterLease(Protocol):
@@ -42,3 +42,16 @@ class TokenText(Protocol):
 
     def finish(self) -> str:
         """Text that was held back, after the last token."""
+
+
+class TokenConstraint(Protocol):
+    """Which tokens one request may generate next: a grammar, a schema, a choice."""
+
+    def forbidden(self) -> bytearray:
+        """A byte per token of the vocabulary, 1 where it may not come next; waits until it is computed.
+
+        All are 1 if there is no way on, as when a grammar needs more than it is allowed to; the request fails then.
+        """
+
+    def accept(self, token_id: int) -> bool:
+        """Take the chosen token; true if nothing but the end may follow. The next `forbidden` is then under way."""

@@ -1,37 +1,84 @@
 """A generation request: what is asked for, what has become of it, and the events it ends in."""
 
-from collections.abc import Callable, Hashable, Mapping
+from array import array
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 from lora_core import Key
-from server.engine.ports import AdapterLease, TokenText
+from server.engine.ports import AdapterLease, TokenConstraint, TokenText
 from server.errors import ServerError
 
-__all__ = ["Event", "Failed", "FinishReason", "Finished", "GenerationRequest", "SamplingParams", "Token"]
+__all__ = [
+    "Event",
+    "Failed",
+    "FinishReason",
+    "Finished",
+    "GenerationRequest",
+    "SamplingParams",
+    "Token",
+    "TokenCounts",
+    "TokenLogprob",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to choose the next token and when to stop; checked where it enters the server.
 
+    The logits are changed in the order in which the fields stand here, which is that of transformers' `generate`.
+
     Attributes:
+        logit_bias: added to the logits, by token.
+        repetition_penalty: the logits of tokens of prompt and output are divided by it, or multiplied if negative.
+        frequency_penalty: taken off a token's logit for each time that it was generated.
+        presence_penalty: taken off the logit of each token that was generated.
+        bad_words: sequences of tokens that may not be completed.
+        min_tokens: no end-of-sequence or stop token before so many tokens.
         temperature: 0 chooses the most likely token.
         top_k: only the k most likely tokens; 0 for all.
-        top_p: only the most likely tokens whose probabilities reach p together, after `top_k`.
+        top_p: only the most likely tokens whose probabilities reach p together.
+        min_p: only tokens at least so likely, as a share of the most likely one's probability.
+        typical_p: only the tokens closest to the entropy whose probabilities reach p together.
         seed: the draw at a position depends on the seed and the position alone, not on the batch.
         stop_token_ids: end like the end-of-sequence token does, also under `ignore_eos`.
-        logprobs: report each token's log-probability under the model, before temperature and truncation.
+        logprobs: report each token's log-probability under the model, before anything above.
+        num_top_logprobs: and those of so many of the most likely tokens.
+        prompt_logprobs: and those of the prompt's tokens, in `GenerationRequest.prompt_logprobs`.
+        adjusts: whether any of the fields up to `min_tokens` is in use.
     """
 
     max_new_tokens: int
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    min_tokens: int = 0
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
     seed: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     logprobs: bool = False
+    num_top_logprobs: int = 0
+    prompt_logprobs: bool = False
+    adjusts: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        adjusts = self.penalises or bool(self.logit_bias) or bool(self.bad_words) or self.min_tokens > 0
+        object.__setattr__(self, "adjusts", adjusts)
+
+    @property
+    def penalises(self) -> bool:
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.typical_p < 1
 
 
 class FinishReason(Enum):
@@ -44,12 +91,22 @@ class FinishReason(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's log-probability under the model, and the most likely tokens in its place with theirs, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token; `text` is what it adds to the output."""
+    """One generated token; `text` is what it adds to the output. `top` is as in `TokenLogprob`."""
 
     token_id: int
     text: str
     logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +126,31 @@ class Failed:
 Event = Token | Finished | Failed
 
 
+class TokenCounts:
+    """The distinct tokens of one request, and how often each was generated.
+
+    Attributes:
+        ids: the distinct tokens, of the output and, if it was so made, of the prompt.
+        counts: for each, how often the output has it.
+    """
+
+    def __init__(self, prompt_ids: Iterable[int] = ()) -> None:
+        self.ids = array("q", dict.fromkeys(prompt_ids))
+        self.counts = array("f", bytes(4 * len(self.ids)))
+        self._places = {token_id: place for place, token_id in enumerate(self.ids)}
+        self._num_counted = 0
+
+    def update(self, output_ids: Sequence[int]) -> None:
+        """Count what has come since the last call."""
+        for token_id in output_ids[self._num_counted :]:
+            place = self._places.setdefault(token_id, len(self.ids))
+            if place == len(self.ids):
+                self.ids.append(token_id)
+                self.counts.append(0)
+            self.counts[place] += 1
+        self._num_counted = len(output_ids)
+
+
 @dataclass(eq=False, slots=True)
 class GenerationRequest:
     """One sequence from prompt to last event. Only the engine thread changes it once it is submitted.
@@ -78,6 +160,9 @@ class GenerationRequest:
         emit: takes the request's events, in order; called on the engine thread, must not wait.
         lease: the adapters, or None for the base model.
         text: turns tokens into text; None if nobody wants text.
+        constraint: which tokens may come next; None if all may.
+        prompt_logprobs: of the prompt's tokens from the second on, if wanted; complete before the first `Token`.
+        token_counts: what the penalties count, kept by the sampler.
         num_computed: tokens whose keys and values are in the cache.
         block_ids: the cache blocks that hold them.
     """
@@ -88,6 +173,9 @@ class GenerationRequest:
     emit: Callable[[Event], None]
     lease: AdapterLease | None = None
     text: TokenText | None = None
+    constraint: TokenConstraint | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    token_counts: TokenCounts | None = None
     arrival: int = -1
     arrived_s: float = 0.0
     admitted_s: float | None = None

@@ -1,6 +1,7 @@
 """From logits to tokens: one vectorised pass for all rows of a step."""
 
 import hashlib
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.engine.request import GenerationRequest, SamplingParams
+from server.engine.adjust import adjust_logits, needs_adjusting
+from server.engine.request import GenerationRequest, SamplingParams, TokenLogprob
 
-__all__ = ["Sampled", "sample"]
+__all__ = ["Sampled", "prompt_logprobs", "sample"]
 
 # With top_p alone, so many of the most likely tokens are looked at before all are sorted.
 NUM_CANDIDATES = 1_024
@@ -18,34 +20,87 @@ NUM_CANDIDATES = 1_024
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One row's choice; `token_id` is None if the row's logits are not finite."""
+    """One row's choice.
+
+    Attributes:
+        token_id: None if the row's logits are not finite, or if none is left that may come.
+        is_blocked: the latter.
+        logprob, top: as in `TokenLogprob`.
+    """
 
     token_id: int | None
     logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    is_blocked: bool = False
 
 
-def sample(logits: Tensor, requests: Sequence[GenerationRequest]) -> list[Sampled]:
+def sample(
+    logits: Tensor, requests: Sequence[GenerationRequest], *, eos_token_ids: frozenset[int] = frozenset()
+) -> list[Sampled]:
     """Choose the next token of every row.
 
     Args:
         logits: [N, V], any float dtype.
         requests: the N requests; their sampling parameters, seeds and positions decide.
+        eos_token_ids: tokens that end a sequence, for `min_tokens`.
     """
     logits = logits.float()
     peaks, tokens = logits.max(dim=-1)  # NaN and +inf end up in the peaks
+    finite = peaks.isfinite().tolist()
     drawn = [i for i, request in enumerate(requests) if request.sampling.temperature > 0]
+    adjusted = [i for i, request in enumerate(requests) if finite[i] and needs_adjusting(request)]
+    changed = logits[adjusted] if adjusted else logits
+    blocked: set[int] = set()
+    if adjusted:
+        adjust_logits(changed, [requests[i] for i in adjusted], eos_token_ids)
+        peaks[adjusted], tokens[adjusted] = changed.max(dim=-1)
+        blocked = {i for i, peak in zip(adjusted, peaks[adjusted].tolist(), strict=True) if peak == -torch.inf}
     if drawn:
         rows = torch.tensor(drawn, device=logits.device)
-        chosen = [requests[i] for i in drawn]
-        tokens[rows] = _draw(logits[rows] - peaks[rows, None], chosen)
-    wants_logprob = [i for i, request in enumerate(requests) if request.sampling.logprobs]
-    logprobs: dict[int, float] = {}
-    if wants_logprob:
-        rows = torch.tensor(wants_logprob, device=logits.device)
-        values = logits[rows].gather(1, tokens[rows, None]).squeeze(1) - logits[rows].logsumexp(dim=-1)
-        logprobs = dict(zip(wants_logprob, values.tolist(), strict=True))
-    finite = peaks.isfinite().tolist()
-    return [Sampled(token, logprobs.get(i)) if finite[i] else Sampled(None) for i, token in enumerate(tokens.tolist())]
+        shifted = logits[rows]
+        places = {i: place for place, i in enumerate(drawn)}
+        both = [(places[i], k) for k, i in enumerate(adjusted) if i in places]
+        if both:
+            shifted[[place for place, _ in both]] = changed[[k for _, k in both]]
+        tokens[rows] = _draw(shifted - peaks[rows, None], [requests[i] for i in drawn])
+    logprobs = _logprobs(logits, tokens, requests)
+    return [
+        Sampled(None, is_blocked=finite[i]) if i in blocked or not finite[i] else Sampled(token, *logprobs.get(i, ()))
+        for i, token in enumerate(tokens.tolist())
+    ]
+
+
+def prompt_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
+    """Of each row's next token, which is known: logits [N, V], N `token_ids` -> N."""
+    logits = logits.float()
+    tokens = torch.tensor(token_ids, device=logits.device)
+    values, top = _row_logprobs(logits, tokens, num_top)
+    return [TokenLogprob(t, v, pairs) for t, v, pairs in zip(token_ids, values, top, strict=True)]
+
+
+def _logprobs(
+    logits: Tensor, tokens: Tensor, requests: Sequence[GenerationRequest]
+) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+    """Of the rows that want them: the chosen token's, and the pairs of the most likely ones."""
+    wanted = [i for i, request in enumerate(requests) if request.sampling.logprobs]
+    if not wanted:
+        return {}
+    numbers = [requests[i].sampling.num_top_logprobs for i in wanted]
+    rows = torch.tensor(wanted, device=logits.device)
+    values, top = _row_logprobs(logits[rows], tokens[rows], max(numbers))
+    return {i: (value, pairs[:n]) for i, value, pairs, n in zip(wanted, values, top, numbers, strict=True)}
+
+
+def _row_logprobs(
+    logits: Tensor, tokens: Tensor, num_top: int
+) -> tuple[list[float], list[tuple[tuple[int, float], ...]]]:
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    values = (logits.gather(1, tokens[:, None]) - total).squeeze(1).tolist()
+    if not num_top:
+        return values, [()] * len(values)
+    best = logits.topk(min(num_top, logits.shape[1]), dim=-1)
+    pairs = zip(best.indices.tolist(), (best.values - total).tolist(), strict=True)
+    return values, [tuple(zip(ids, logprobs, strict=True)) for ids, logprobs in pairs]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -61,7 +116,7 @@ def _draw(logits: Tensor, requests: Sequence[GenerationRequest]) -> Tensor:
     range_ = torch.finfo(logits.dtype)
     temperature = [min(max(p.temperature, range_.tiny), range_.max) for p in params]
     scaled = logits / torch.tensor(temperature, device=device)[:, None]
-    truncated = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
+    truncated = [i for i, p in enumerate(params) if p.truncates]
     if truncated:
         scaled[truncated] = _truncate(scaled[truncated], [params[i] for i in truncated])
     numbers = torch.tensor(
@@ -73,11 +128,38 @@ def _draw(logits: Tensor, requests: Sequence[GenerationRequest]) -> Tensor:
 
 
 def _truncate(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Set all to -inf but each row's `top_k` and then `top_p` most likely tokens, as transformers' warpers do.
+    """Set to -inf what `top_k`, `top_p`, `min_p` and `typical_p` exclude, in this order, as transformers' warpers do.
 
-    Tokens as likely as the last one stay as well: low precision makes many equals, and which of them a sort puts first
-    depends on who else is in the batch.
+    scaled [N, V] has 0 as each row's highest value. Tokens as likely as the last one stay as well: low precision makes
+    many equals, and which of them a sort puts first depends on who else is in the batch.
     """
+    likely = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
+    if likely:
+        scaled[likely] = _truncate_likely(scaled[likely], [params[i] for i in likely])
+    if any(p.min_p > 0 for p in params):
+        lowest = [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params]
+        limits = torch.tensor(lowest, dtype=torch.float64, device=scaled.device)[:, None].to(scaled.dtype)
+        scaled = scaled.masked_fill(scaled < limits, -torch.inf)
+    typical = [i for i, p in enumerate(params) if p.typical_p < 1]
+    if typical:
+        mass = torch.tensor([params[i].typical_p for i in typical], dtype=torch.float64, device=scaled.device)
+        scaled[typical] = _truncate_typical(scaled[typical], mass[:, None])
+    return scaled
+
+
+def _truncate_typical(scaled: Tensor, mass: Tensor) -> Tensor:
+    """The `typical_p` part (Meister et al. 2022, "Locally typical sampling"); mass [N, 1]."""
+    logprobs = scaled.log_softmax(dim=-1)
+    entropy = -(logprobs * logprobs.exp()).nansum(dim=-1, keepdim=True)
+    distance = (-logprobs - entropy).abs()
+    ordered, order = distance.sort(dim=-1)
+    sums = logprobs.exp().gather(1, order).double().cumsum(dim=-1)
+    place = (sums < mass).sum(dim=-1, keepdim=True).clamp(max=scaled.shape[1] - 1)
+    return scaled.masked_fill(distance > ordered.gather(1, place), -torch.inf)
+
+
+def _truncate_likely(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """The `top_k` and `top_p` part."""
     vocabulary, device = scaled.shape[1], scaled.device
     top_k = [min(p.top_k, vocabulary) for p in params]
     candidates = scaled.topk(min(vocabulary, max(k or NUM_CANDIDATES for k in top_k)), dim=-1).values

@@ -16,12 +16,15 @@ class Info(BaseModel):
     model_device_type: str
     model_pipeline_tag: str = "text-generation"
     max_concurrent_requests: int
-    max_best_of: int = 1
+    max_best_of: int
     max_stop_sequences: int
     max_input_length: int
     max_input_tokens: int
     max_total_tokens: int
     max_batch_total_tokens: int
+    max_waiting_tokens: int = 0
+    waiting_served_ratio: float = 0.0
+    validation_workers: int = 1
     max_client_batch_size: int = 1
     eager_prefill: bool = False
     max_adapters_in_use: int

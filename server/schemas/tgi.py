@@ -1,48 +1,37 @@
-"""Bodies of `/generate` and `/generate_stream`, in the shape that TGI's and LoRAX's clients send and read."""
+"""Bodies of `/`, `/generate` and `/generate_stream`, in the shape that TGI's and LoRAX's clients send and read."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from server.engine import SamplingParams
 from server.errors import InvalidRequestError
+from server.schemas.body import (
+    MAX_BAD_WORDS,
+    MAX_MIX_ENTRIES,
+    MAX_SEED,
+    MAX_SEQUENCES,
+    MAX_STOP_STRINGS,
+    MAX_TOP_LOGPROBS,
+    AdapterName,
+    Body,
+    MergedAdapters,
+    MixEntry,
+    StopString,
+    TokenId,
+    chosen_weights,
+)
+from server.schemas.grammars import ResponseFormat
+from server.structured import Grammar
 
-__all__ = ["GenerateParameters", "GenerateRequest", "MixEntry"]
-
-MAX_STOP_STRINGS = 16
-MAX_MIX_ENTRIES = 64
-MAX_SEED = (1 << 64) - 1
-
-Weight = Annotated[float, Field(ge=-1e4, le=1e4)]
-
-
-class Body(BaseModel):
-    """Fields that nobody knows are ignored, as these routes' clients expect; null means "not set"."""
-
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, frozen=True)
-
-
-class MixEntry(Body):
-    """One adapter of a mix: the output is the base's plus the weighted sum of the adapters' deltas."""
-
-    name: str = Field(max_length=256)
-    weight: Weight = 1.0
-
-
-class MergedAdapters(Body):
-    """LoRAX's form of a mix; `linear` here is the exact weighted sum of the adapters' deltas."""
-
-    ids: list[Annotated[str, Field(max_length=256)]] = Field(min_length=1, max_length=MAX_MIX_ENTRIES)
-    weights: list[Weight] | None = None
-    merge_strategy: Literal["linear", "ties", "dare_linear", "dare_ties"] | None = None
-    density: float | None = None
-    majority_sign_method: Literal["total", "frequency"] | None = None
+__all__ = ["GenerateParameters", "GenerateRequest"]
 
 
 class GenerateParameters(Body):
     """Parameters of a generation. What is known but not supported is refused by `refuse_unsupported`."""
 
-    adapter_id: str | None = Field(None, max_length=256, description="adapter name; null for the base model")
+    adapter_id: AdapterName | None = Field(None, description="adapter name; null for the base model")
     adapter_source: Literal["hub", "local"] | None = None
     merged_adapters: MergedAdapters | None = None
     api_token: str | None = None
@@ -51,70 +40,88 @@ class GenerateParameters(Body):
     temperature: float | None = Field(None, ge=0, le=100)
     top_k: int | None = Field(None, ge=1)
     top_p: float | None = Field(None, gt=0, le=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    typical_p: float | None = Field(None, gt=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    min_new_tokens: int | None = Field(None, ge=0)
+    bad_words: list[StopString] | None = Field(None, max_length=MAX_BAD_WORDS)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
-    stop: list[Annotated[str, Field(min_length=1, max_length=256)]] | None = Field(None, max_length=MAX_STOP_STRINGS)
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=64)
+    stop: list[StopString] | None = Field(None, max_length=MAX_STOP_STRINGS)
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=64)
     ignore_eos_token: bool | None = None
+    truncate: int | None = Field(None, ge=1)
+    best_of: int | None = Field(None, ge=1, le=MAX_SEQUENCES)
     return_full_text: bool | None = None
     details: bool | None = None
+    decoder_input_details: bool | None = None
+    top_n_tokens: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    return_k_alternatives: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    grammar: ResponseFormat | None = None
 
-    typical_p: Any = None
-    repetition_penalty: Any = None
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
-    truncate: Any = None
-    best_of: Any = None
-    watermark: Any = None
-    decoder_input_details: Any = None
-    return_k_alternatives: Any = None
-    top_n_tokens: Any = None
-    response_format: Any = None
-    grammar: Any = None
+    watermark: bool | None = None
+    num_beams: Any = None
+    use_beam_search: Any = None
 
-    def refuse_unsupported(self) -> None:
-        """Refuse a parameter that would change the output and cannot be honoured.
+    NEUTRAL: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        "watermark": (False,),
+        "num_beams": (1,),
+        "use_beam_search": (False,),
+    }
 
-        Raises:
-            InvalidRequestError: code `not_supported`, naming the parameter.
-        """
-        for name, neutral in NEUTRAL.items():
-            value = getattr(self, name)
-            if value is not None and not any(value == other and type(value) is not str for other in neutral):
-                raise InvalidRequestError(f"`{name}` is not supported", code="not_supported", param=name)
+    @property
+    def num_sequences(self) -> int:
+        return self.best_of or 1
+
+    @property
+    def wants_details(self) -> bool:
+        return bool(self.details or self.decoder_input_details)
 
     def sampling(self, seed: int) -> SamplingParams:
-        """How to sample; `max_new_tokens` 0 leaves the length to the server. `seed` is used if none is given."""
-        draws = (self.do_sample, self.top_k, self.top_p if self.top_p != 1 else None)
+        """How to sample; `max_new_tokens` 0 leaves the length to the server. `seed` is used if none is given.
+
+        Raises:
+            InvalidRequestError: `best_of` with a seed, or without sampling.
+        """
+        top_p, typical_p = (None if value == 1 else value for value in (self.top_p, self.typical_p))
+        draws = (self.do_sample, self.top_k, top_p, typical_p)
         temperature = self.temperature
         if temperature is None or (temperature == 1 and not any(draws)):
             temperature = 1.0 if any(draws) else 0.0
+        if self.num_sequences > 1 and (temperature == 0 or self.seed is not None):
+            raise InvalidRequestError("`best_of` needs sampling, without a `seed`", param="best_of")
         return SamplingParams(
             max_new_tokens=self.max_new_tokens or 0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            min_tokens=self.min_new_tokens or 0,
             temperature=temperature,
             top_k=self.top_k or 0,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            top_p=top_p or 1.0,
+            min_p=self.min_p or 0.0,
+            typical_p=typical_p or 1.0,
             seed=seed if self.seed is None else self.seed,
             stop_token_ids=frozenset(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos_token),
             logprobs=True,
+            num_top_logprobs=max(self.top_n_tokens or 0, self.return_k_alternatives or 0),
+            prompt_logprobs=bool(self.decoder_input_details),
         )
 
+    def as_grammar(self) -> Grammar | None:
+        """The form that the output must have; None if it is free.
 
-# Values with which a parameter that is not supported changes nothing.
-NEUTRAL: dict[str, tuple[object, ...]] = {
-    "typical_p": (),
-    "repetition_penalty": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "truncate": (),
-    "best_of": (1,),
-    "watermark": (False,),
-    "decoder_input_details": (False,),
-    "return_k_alternatives": (0,),
-    "top_n_tokens": (0,),
-    "response_format": (),
-    "grammar": (),
-}
+        Raises:
+            InvalidRequestError: it is given twice, or not whole.
+        """
+        if self.grammar is not None and self.response_format is not None:
+            raise InvalidRequestError("give only one of `grammar` and `response_format`", param="grammar")
+        if self.grammar is not None:
+            return self.grammar.as_grammar("grammar")
+        return None if self.response_format is None else self.response_format.as_grammar("response_format")
 
 
 class GenerateRequest(Body):
@@ -133,46 +140,15 @@ class GenerateRequest(Body):
     )
 
     inputs: str = Field(min_length=1)
-    parameters: GenerateParameters = Field(default_factory=GenerateParameters)
+    stream: bool | None = None
+    parameters: GenerateParameters | None = None
     adapters: list[MixEntry] | None = Field(None, max_length=MAX_MIX_ENTRIES)
 
+    @property
+    def settings(self) -> GenerateParameters:
+        """The parameters, all unset if there are none."""
+        return self.parameters or GenerateParameters()
+
     def weights(self) -> dict[str, float]:
-        """Weight by adapter name; empty for the base model. An adapter that is named twice gets the sum.
-
-        Raises:
-            InvalidRequestError: adapters are chosen in two ways, or the mix is malformed or not supported.
-        """
-        parameters = self.parameters
-        merged = parameters.merged_adapters
-        chosen = [parameters.adapter_id or None, merged, self.adapters or None]
-        if sum(choice is not None for choice in chosen) > 1:
-            raise InvalidRequestError(
-                "give only one of `adapters`, `parameters.adapter_id` and `parameters.merged_adapters`",
-                code="adapter_choice_conflict",
-                param="adapters",
-            )
-        if merged is not None:
-            entries = _merged_entries(merged)
-        elif self.adapters:
-            entries = [(entry.name, entry.weight) for entry in self.adapters]
-        else:
-            entries = [(parameters.adapter_id, 1.0)] if parameters.adapter_id else []
-        weights: dict[str, float] = {}
-        for name, weight in entries:
-            weights[name] = weights.get(name, 0.0) + weight
-        return weights
-
-
-def _merged_entries(merged: MergedAdapters) -> list[tuple[str, float]]:
-    if merged.merge_strategy not in (None, "linear"):
-        raise InvalidRequestError(
-            f"`merge_strategy` {merged.merge_strategy!r} is not supported; `linear` is",
-            code="not_supported",
-            param="merge_strategy",
-        )
-    weights = [1.0] * len(merged.ids) if merged.weights is None else merged.weights
-    if len(weights) != len(merged.ids):
-        raise InvalidRequestError(
-            "`merged_adapters` needs as many weights as ids", code="invalid_value", param="merged_adapters"
-        )
-    return list(zip(merged.ids, weights, strict=True))
+        """Weight by adapter name; empty if none is named. Errors as in `chosen_weights`."""
+        return chosen_weights(self.settings.adapter_id, self.settings.merged_adapters, self.adapters)

@@ -43,12 +43,18 @@ class Live:
         deadline = time.monotonic() + IDLE_TIMEOUT_S
         while time.monotonic() < deadline:
             stats = self.server.engine.stats
-            if not stats.num_running and not stats.num_waiting and stats.num_free_blocks == stats.num_blocks:
+            is_idle = not stats.num_running and not stats.num_waiting and stats.num_free_blocks == stats.num_blocks
+            if is_idle and not self._num_leases():  # a request may still be on its way into the engine
                 break
             time.sleep(0.01)
         self.server.engine.check_integrity()
         self.server.registry.check_integrity(is_idle=True)
         self.server.store.check_integrity()
+
+    def _num_leases(self) -> int:
+        registry = self.server.registry
+        with registry._lock:
+            return sum(entry.num_open for entry in registry._entries.values())
 
 
 @pytest.fixture(scope="session")

@@ -146,7 +146,7 @@ BAD_ADAPTERS: dict[str, tuple[Any, str]] = {
     "rank zero": (lambda folder, target: _changed(folder, target, r=0), "adapter_config_invalid"),
     "code to import": (
         lambda folder, target: _changed(folder, target, megatron_config={"a": 1}, megatron_core="os.path"),
-        "adapter_unsupported",
+        "adapter_config_invalid",
     ),
     "another method": (lambda folder, target: _changed(folder, target, peft_type="IA3"), "adapter_unsupported"),
     "a field of the future": (lambda folder, target: _changed(folder, target, use_magic=True), "adapter_unsupported"),

@@ -7,7 +7,7 @@ import pytest
 from fastapi import FastAPI
 from typer.main import get_command
 
-from server.api import admin, draining, keys, system, tgi
+from server.api import admin, chat, completions, draining, keys, system, tgi, tokens
 from server.cli import app as cli
 from server.settings import Settings
 from tests.architecture.source_tree import ROOT, sources
@@ -37,7 +37,8 @@ def test_every_code_is_in_the_readme(code: str) -> None:
 def test_every_flag_is_a_setting_and_in_the_readme() -> None:
     flags = {name for option in get_command(cli).commands["serve"].params for name in option.opts}
     settings = {"--" + name.replace("_", "-") for name in Settings.model_fields}
-    assert flags - {"--adapter"} == settings - {"--adapters"}
+    repeated = {"--adapter": "--adapters", "--model-alias": "--model-aliases"}
+    assert {repeated.get(flag, flag) for flag in flags} == settings
     for flag in flags:
         assert f"`{flag}" in README, flag
 
@@ -49,7 +50,8 @@ def test_every_flag_can_come_from_the_environment() -> None:
 
 def test_every_route_is_in_the_readme() -> None:
     app = FastAPI()
-    for router in (admin.router, draining.router, keys.router, system.router, tgi.router):
+    ours = (admin.router, draining.router, keys.router)
+    for router in (*ours, system.router, tgi.router, completions.router, chat.router, tokens.router):
         app.include_router(router)
     for path, methods in app.openapi()["paths"].items():
         shown = re.sub(r"\{model_id\}", "{id}", path)

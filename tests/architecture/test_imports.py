@@ -11,6 +11,7 @@ from tests.architecture.source_tree import PACKAGES, Source, sources
 EXTERNAL: dict[str, set[str]] = {
     "lora_core": {"regex", "safetensors", "torch"},
     "loramux_client": {"httpx", "pydantic"},
+    "lora_core.quant": {"bitsandbytes", "torch"},
     "server.adapters": {"torch"},
     "server.adapters.archive": set(),
     "server.adapters.registry": set(),
@@ -21,6 +22,7 @@ EXTERNAL: dict[str, set[str]] = {
     "server.cli": {"pydantic", "rich", "typer", "uvicorn"},
     "server.demo": {"tokenizers", "torch", "transformers"},
     "server.drain": {"uvicorn"},
+    "server.delivery": set(),
     "server.durable": set(),
     "server.engine": {"torch", "transformers"},
     "server.engine.blocks": set(),
@@ -33,16 +35,31 @@ EXTERNAL: dict[str, set[str]] = {
     "server.metrics": {"prometheus_client"},
     "server.schemas": {"pydantic"},
     "server.settings": {"pydantic"},
+    "server.structured": {"llguidance", "numpy"},
     "server.tenancy": set(),
-    "server.text": {"tokenizers", "transformers"},
+    "server.text": {"jinja2", "llguidance", "tokenizers", "transformers"},
 }
 # ... and parts of the project that they may not know.
 FORBIDDEN: dict[str, set[str]] = {
     "lora_core": {"server", "loramux_client"},
     "loramux_client": {"server", "lora_core"},
-    "server.adapters": {"server.api", "server.app", "server.engine", "server.generation", "server.schemas"},
+    "server.adapters": {
+        "server.api",
+        "server.app",
+        "server.delivery",
+        "server.engine",
+        "server.generation",
+        "server.schemas",
+    },
     "server.auth": {"server.adapters", "server.api", "server.app", "server.engine", "server.generation"},
-    "server.engine": {"server.adapters", "server.api", "server.app", "server.generation", "server.schemas"},
+    "server.engine": {
+        "server.adapters",
+        "server.api",
+        "server.app",
+        "server.delivery",
+        "server.generation",
+        "server.schemas",
+    },
     "server.schemas": {"server.api", "server.app"},
     "server.api": {"server.app"},
 }

@@ -299,6 +299,7 @@ GRADIENTS: dict[str, dict[str, Any]] = {
     "dora": {"r": 4, "lora_alpha": 6, "use_dora": True},
     "lora_bias": {"r": 4, "lora_alpha": 6, "lora_bias": True},
     "lora_dropout": {"r": 4, "lora_alpha": 6, "lora_dropout": 0.4},
+    "dora_dropout": {"r": 4, "lora_alpha": 6, "lora_dropout": 0.4, "use_dora": True},
 }
 
 
@@ -319,6 +320,7 @@ def test_outputs_and_gradients_equal_peft(base: nn.Module, variant: str, seed: i
     ours.add_adapter(
         "default",
         config["r"],
+        config["lora_alpha"],
         theirs["layer"].scaling["default"],
         use_dora=config.get("use_dora", False),
         lora_bias=config.get("lora_bias", False),

@@ -87,7 +87,7 @@ MALFORMED: dict[str, bytes] = {
     "dimension huge": one(shape=[1 << 62]),
     "dimensions that overflow to nothing": file({"a": tensor([1 << 32, 1 << 32, 0], [0, 0])}),
     "dimensions that overflow 64 bits": file({"a": tensor([1 << 33, 1 << 33], [0, 4])}, b"1234"),
-    "too many dimensions": one(shape=[1] * 5),
+    "too many dimensions": one(shape=[1] * 6),
     "offsets reversed": one(data_offsets=[4, 0]),
     "offsets of three": one(data_offsets=[0, 4, 4]),
     "offset true": one(shape=[], dtype="U8", data_offsets=[0, True]),

@@ -42,7 +42,7 @@ def by_peft(model: nn.Module, config: dict[str, Any]) -> list[Target]:
         warnings.simplefilter("ignore")  # of patterns that match nothing, and of Conv1D
         peft.inject_adapter_in_model(peft.LoraConfig(**config), model)
     return [
-        Target(name, module.r["default"], module.scaling["default"])
+        Target(name, module.r["default"], module.scaling["default"], module.lora_alpha["default"])
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
     ]
@@ -166,17 +166,18 @@ def test_no_match(config: dict[str, Any], models: dict[str, PreTrainedModel]) ->
     assert caught.value.code == "adapter_mismatch"
 
 
-@pytest.mark.parametrize("targets", [["self_attn"], [*QV, "embed_tokens"], r".*norm", ".*"], ids=str)
+@pytest.mark.parametrize("targets", [["self_attn"], [*QV, "norm"], r".*norm", ".*"], ids=str)
 def test_a_match_that_is_no_linear_layer(targets: Any, models: dict[str, PreTrainedModel]) -> None:
-    with pytest.raises(TargetError, match="is not supported: it is no linear layer"):
+    with pytest.raises(TargetError, match=r"is not supported\. Currently, only"):
         resolve_targets(LoraConfig(target_modules=targets), models["llama"])
 
 
 def test_default_targets_are_those_of_peft() -> None:
     theirs = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     assert set(DEFAULT_TARGETS) - set(theirs) == {"phi3", "starcoder2"}
-    for model_type in set(DEFAULT_TARGETS) & set(theirs):
-        assert list(DEFAULT_TARGETS[model_type]) == theirs[model_type]
+    for model_type, targets in theirs.items():
+        found = DEFAULT_TARGETS[model_type]
+        assert (found if isinstance(found, str) else list(found)) == targets, model_type
 
 
 def test_no_default_for_an_unknown_model() -> None:

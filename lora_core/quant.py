@@ -1,0 +1,182 @@
+"""Base weights that bitsandbytes holds in 4 or 8 bits: reading, writing back, training beside them.
+
+The only module that knows bitsandbytes, and it imports it only when it meets such a weight. Formats: LLM.int8()
+(Dettmers et al. 2022), NF4 and FP4 (QLoRA, Dettmers et al. 2023).
+
+A trap on CPUs with AVX512-BF16: the first forward in evaluation mode repacks a 4-bit weight in place, rounding its
+scales to bfloat16, after which bitsandbytes' own dequantization returns noise. `keep_layout` prevents it for layers
+that carry adapters; `dequantized_weight` also reads a weight that was repacked before.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.errors import TargetError, UnsupportedError
+
+__all__ = [
+    "dequantized_weight",
+    "is_quantized",
+    "keep_layout",
+    "prepare_model_for_kbit_training",
+    "quantized_like",
+    "replace_weight",
+]
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """True for a layer whose weight bitsandbytes holds in 4 or 8 bits (not one that waits to be quantized)."""
+    return _num_bits(getattr(module, "weight", None)) is not None
+
+
+def dequantized_weight(module: nn.Module) -> Tensor:
+    """The weight [O, I] that a quantized layer computes with, in float32; the layer stays as it is.
+
+    Raises:
+        UnsupportedError: the layer is not one that `is_quantized` knows.
+    """
+    weight = cast(Any, module).weight
+    bits = _num_bits(weight)
+    if bits is None:
+        raise UnsupportedError(f"the weight of a {type(module).__name__} is not one of bitsandbytes'")
+    from bitsandbytes import functional as bnb  # noqa: PLC0415 - optional
+
+    if bits == 8:
+        scales = weight.SCB if weight.SCB is not None else cast(Any, module).state.SCB
+        return bnb.int8_vectorwise_dequant(weight.data, scales.to(weight.device)).float()
+    if getattr(weight.quant_state, "packing_format_for_cpu", False):
+        return _dequantize_repacked(weight)
+    return bnb.dequantize_4bit(weight.data, weight.quant_state).float()
+
+
+def quantized_like(module: nn.Module, weight: Tensor) -> nn.Parameter:
+    """`weight` [O, I] quantized as the layer's own weight is: bits, type, block size, nesting, storage and device.
+
+    The layer keeps its weight until `replace_weight`.
+
+    Raises:
+        UnsupportedError: the layer is not quantized.
+        TargetError: the shape is not the layer's.
+    """
+    own = cast(Any, module).weight
+    bits = _num_bits(own)
+    if bits is None:
+        raise UnsupportedError(f"the weight of a {type(module).__name__} is not one of bitsandbytes'")
+    wanted = [cast(Any, module).out_features, cast(Any, module).in_features]
+    if list(weight.shape) != wanted:
+        raise TargetError(f"a weight of shape {list(weight.shape)} cannot take the place of one of {wanted}")
+    import bitsandbytes as bnb  # noqa: PLC0415 - optional
+
+    values = weight.detach().to("cpu", torch.float32)  # both classes quantize when they leave the CPU, or stay on it
+    if bits == 8:
+        return bnb.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False).to(own.device)
+    state = own.quant_state
+    out = bnb.nn.Params4bit(
+        values,
+        requires_grad=False,
+        blocksize=own.blocksize,
+        compress_statistics=own.compress_statistics,
+        quant_type=own.quant_type,
+        quant_storage=own.quant_storage,
+    ).to(own.device)
+    is_repacked = getattr(state, "packing_format_for_cpu", False)
+    out.quant_state.dtype = state.original_dtype if is_repacked else state.dtype
+    return out
+
+
+def replace_weight(module: nn.Module, parameter: nn.Parameter) -> nn.Parameter:
+    """Give a quantized layer another quantized weight, from `quantized_like` or from this function.
+
+    Returns:
+        The former one. Putting it back restores the layer bit for bit, which requantizing would not.
+    """
+    layer, new = cast(Any, module), cast(Any, parameter)
+    former = layer.weight
+    if _num_bits(former) == 8:
+        # The first forward moves the scales into `state`: give them back, so that the parameter is whole again.
+        if former.SCB is None:
+            former.SCB = layer.state.SCB
+        former.CB = former.data
+        layer.state.reset_grads()
+        if new.CB is None:
+            new.CB = new.data
+        layer.weight = new
+    else:
+        former.module, new.module = None, layer
+        layer.weight, layer.quant_state = new, new.quant_state
+    return former
+
+
+def keep_layout(module: nn.Module) -> None:
+    """Stop bitsandbytes from repacking this layer's 4-bit weight, so that its numbers stay those of its file.
+
+    Repacking also fails on layers whose number of outputs is no multiple of 32. Any other module is left alone.
+    """
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        cast(Any, module).support_avx512bf16_for_cpu = False
+
+
+def prepare_model_for_kbit_training(
+    model: nn.Module,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Make a quantized model ready for training adapters, in place, as PEFT does.
+
+    All parameters are frozen; half-precision ones (norms, embeddings, head) become float32. With quantized layers and
+    `use_gradient_checkpointing`, checkpointing is switched on, and unless `use_reentrant` is False the input
+    embeddings' output is made to require gradients, without which no gradient would pass a checkpoint.
+
+    Args:
+        model: a transformers model, before or after adapters are in it.
+        gradient_checkpointing_kwargs: given to `torch.utils.checkpoint.checkpoint`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedError: the model has no gradient checkpointing to switch on.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if parameter.dtype in HALF and _num_bits(parameter) is None:
+            parameter.data = parameter.data.to(torch.float32)
+    if not use_gradient_checkpointing or not any(is_quantized(module) for module in model.modules()):
+        return model
+    options = dict(gradient_checkpointing_kwargs or {})
+    # The second name is that of transformers before 5.23.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise UnsupportedError(f"a {type(model).__name__} has no gradient checkpointing: switch it off here")
+    if options.get("use_reentrant", True):
+        cast(Any, model).enable_input_require_grads()
+    enable(options)
+    return model
+
+
+def _num_bits(weight: Any) -> int | None:
+    """Told by the names of bitsandbytes' classes, so that nothing is imported where they do not occur."""
+    names = {kind.__name__ for kind in type(weight).__mro__ if kind.__module__.startswith("bitsandbytes.")}
+    if "Params4bit" in names and weight.quant_state is not None:
+        return 4
+    if "Int8Params" in names and weight.dtype == torch.int8:
+        return 8
+    return None
+
+
+def _dequantize_repacked(weight: Any) -> Tensor:
+    """From the CPU kernel's layout: scales [I / block, O] in bfloat16, nibbles in groups of 32 rows."""
+    from bitsandbytes import functional as bnb  # noqa: PLC0415 - optional
+
+    state = copy.copy(weight.quant_state)  # the inverse changes it, and would quantize the scales of a nested one again
+    state.original_nested = False
+    packed, state = bnb._convert_weight_packed_for_cpu_inverse(weight.data, state)
+    state.absmax = weight.quant_state.absmax.T.reshape(-1).float()
+    state.dtype = torch.float32
+    return bnb.dequantize_4bit(packed, state)
