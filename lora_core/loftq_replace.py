@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.errors import AdapterNotFoundError, CheckpointError, TargetError
+from lora_core.layer import LoraLayer
 from lora_core.loftq import low_rank
-from lora_core.maths import dora_gain
 from lora_core.quant import dequantized_weight, is_quantized
 from lora_core.tensor_folder import TensorFolder, find_weight
 
@@ -44,7 +44,7 @@ def replace_lora_weights_loftq(
     """
     if adapter_name not in model.peft_config:
         raise AdapterNotFoundError(f"Adapter {adapter_name} does not exist")
-    layers: dict[str, Any] = {
+    layers = {
         name: layer
         for name, layer in model.layers.items()
         if layer.has_factors(adapter_name) and is_quantized(layer.base_layer)
@@ -78,7 +78,7 @@ def _source_folder(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _replace(layer: Any, adapter_name: str, weight: Tensor) -> None:
+def _replace(layer: LoraLayer, adapter_name: str, weight: Tensor) -> None:
     part, scaling = layer.tensors(adapter_name), layer.scaling[adapter_name]
     quantized = dequantized_weight(layer.base_layer)
     if weight.shape != quantized.shape:
@@ -86,12 +86,10 @@ def _replace(layer: Any, adapter_name: str, weight: Tensor) -> None:
     lora_a, lora_b = low_rank(weight.to(quantized) - quantized, part.rank, scaling)
     part.lora_A.copy_(lora_a)
     part.lora_B.copy_(lora_b)
-    if part.magnitude is not None:
-        gain = dora_gain(torch.ones_like(part.magnitude), quantized, part.lora_A, part.lora_B, scaling)
-        part.magnitude.copy_(1 / gain)
+    layer.reset_magnitude(adapter_name)
 
 
 @torch.no_grad()
-def _restore(layer: Any, adapter_name: str, values: list[Tensor]) -> None:
+def _restore(layer: LoraLayer, adapter_name: str, values: list[Tensor]) -> None:
     for own, value in zip(layer.tensors(adapter_name).tensors(), values, strict=True):
         own.copy_(value)

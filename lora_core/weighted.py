@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 
 from lora_core.config import LoraConfig
+from lora_core.embedding import LoraEmbedding
 from lora_core.errors import AdapterNotFoundError, ConfigError, TargetError, UnsupportedError
+from lora_core.layer import LoraLayer, is_conv1d
 from lora_core.mixing import NEEDS_EQUAL_RANKS, MixOptions, MixPart, mix_module
 from lora_core.patterns import pattern_fields
 from lora_core.targets import resolve_targets
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
 __all__ = ["add_weighted_adapter"]
 
 # What the result takes from the first source.
-KEPT_FIELDS = ("lora_dropout", "fan_in_fan_out", "task_type", "base_model_name_or_path", "revision")
+KEPT_FIELDS = (
+    "lora_dropout", "fan_in_fan_out", "layer_replication", "task_type", "base_model_name_or_path", "revision",
+    "auto_mapping",
+)  # fmt: skip
 SELECTORS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 # Parts of an adapter that are no factors.
 FULL_WEIGHTS = ("modules_to_save", "trainable_token_indices", "target_parameters")
@@ -105,17 +109,17 @@ def _checked_configs(
         if config is None:
             raise AdapterNotFoundError(f"Adapter {name} does not exist")
         for field in FULL_WEIGHTS:
-            if getattr(config, field, None):
+            if getattr(config, field):
                 raise UnsupportedError(f"adapter {name} has `{field}`, which has no factors to combine")
-        if getattr(config, "bias", "none") != "none":
+        if config.bias != "none":
             raise UnsupportedError(f"adapter {name} trains biases (`bias`), which cannot be combined")
     return [model.peft_config[name] for name in adapters]
 
 
-def _layers(model: "LoraModel", adapters: Sequence[str]) -> dict[str, Any]:
+def _layers(model: "LoraModel", adapters: Sequence[str]) -> dict[str, LoraLayer]:
     """The layers that any of the adapters touches, in the model's order, which is that of random draws."""
     place = {id(module): i for i, module in enumerate(model.model.modules())}
-    layers: dict[str, Any] = {
+    layers = {
         name: layer for name, layer in model.layers.items() if any(layer.has_factors(adapter) for adapter in adapters)
     }
     return dict(sorted(layers.items(), key=lambda item: place[id(item[1])]))
@@ -136,7 +140,7 @@ class _Mix:
         self.keeps_dora = keeps_dora
         self.svd_rank = options.svd_rank or max(max(config.r, *config.rank_pattern.values(), 0) for config in configs)
 
-    def rank(self, name: str, layer: Any) -> int:
+    def rank(self, name: str, layer: LoraLayer) -> int:
         """Rank of the result in a layer, after all checks."""
         parts = [layer.tensors(adapter) for adapter, _ in self.sources if layer.has_factors(adapter)]
         if getattr(layer.base_layer, "groups", 1) > 1:
@@ -157,7 +161,7 @@ class _Mix:
             )
         return sum(ranks) if kind == "cat" else ranks[0]
 
-    def tensors(self, layer: Any, rank: int, like: LoraTensors) -> LoraTensors:
+    def tensors(self, layer: LoraLayer, rank: int, like: LoraTensors) -> LoraTensors:
         """The result's tensors in a layer, for a scaling of 1; those that `like` has."""
         sources = [(adapter, weight) for adapter, weight in self.sources if layer.has_factors(adapter)]
         parts = []
@@ -166,8 +170,7 @@ class _Mix:
             # Factors say it all but for DoRA.
             delta = layer.delta_matrix(adapter) if part.magnitude is not None and self.options.is_svd else None
             parts.append(MixPart(part, layer.scaling[adapter], weight, delta))
-        base = layer.base_layer
-        is_transposed = isinstance(base, nn.Embedding) or type(base).__name__ == "Conv1D"
+        is_transposed = isinstance(layer, LoraEmbedding) or is_conv1d(layer.base_layer)
         mixed = mix_module(parts, self.options, rank, transposed=is_transposed)
         bias, magnitude = None, None
         if like.bias is not None:

@@ -17,12 +17,12 @@ from server.adapters.loader import AdapterLoader, BankSlots, FoldedAdapter
 from server.adapters.registry import AdapterRegistry
 from server.adapters.service import AdapterService
 from server.adapters.store import AdapterStore
-from server.api import admin, chat, completions, draining, keys, system, tgi, tokens
 from server.api.authentication import Authentication
 from server.api.draining import DrainGate
 from server.api.envelopes import install_error_handlers
 from server.api.middleware import BodyLimit, RequestId
 from server.api.model_names import BASE_NAME, ModelNames
+from server.api.routers import ROUTERS
 from server.auth.audit import AuditLog
 from server.auth.key_file import KeyFile
 from server.auth.limits import Limiter
@@ -34,6 +34,7 @@ from server.engine import EngineConfig, EngineLoop, ModelRunner, load_runner
 from server.engine.selfcheck import check_against_reference
 from server.errors import InvalidRequestError, NotFoundError
 from server.generation import GenerationService
+from server.memory import free_host_bytes
 from server.metrics import Metrics
 from server.schemas.body import MAX_SEQUENCES, MAX_STOP_STRINGS
 from server.schemas.system import Info
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 DEMO = "demo"
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+UNKNOWN_FREE_BYTES = 4 << 30
 UPLOAD_OVERHEAD_BYTES = 1 << 20  # multipart framing and the config beside the weights
 Report = Callable[[str], None]
 
@@ -115,8 +117,15 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
     def read(digest: str) -> FoldedAdapter:
         return loader.fold(*store.read(digest))
 
+    max_slot_bytes, max_host_bytes = _adapter_memory(settings, device)
+    report(f"adapters: {max_slot_bytes >> 20} MiB in slots, {max_host_bytes >> 20} MiB in host memory")
     registry = AdapterRegistry(
-        store, read, BankSlots(runner.bank), max_host_bytes=settings.host_memory, on_change=engine.wake
+        store,
+        read,
+        BankSlots(runner.bank),
+        max_slot_bytes=max_slot_bytes,
+        max_host_bytes=max_host_bytes,
+        on_change=engine.wake,
     )
     limits = ArchiveLimits(max_weights_bytes=settings.max_upload_bytes)
     base_names = frozenset({model_id, BASE_NAME})
@@ -154,6 +163,7 @@ def create_app(server: Server, settings: Settings) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         server.delivery.attach(asyncio.get_running_loop())
         server.engine.start()
+        server.adapters.apply_pins()
         yield
         await asyncio.to_thread(server.close)
 
@@ -172,8 +182,7 @@ def create_app(server: Server, settings: Settings) -> FastAPI:
     app.state.drain = server.drain
     app.state.limiter = Limiter()
     app.state.fingerprint = _fingerprint(server.info)
-    generating = (tgi.router, completions.router, chat.router, tokens.router)
-    for router in (*generating, system.router, draining.router, admin.router, keys.router):
+    for router in ROUTERS:
         app.include_router(router)
     install_error_handlers(app)
     app.add_middleware(
@@ -237,6 +246,13 @@ def _device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
         raise InvalidRequestError(f"device {name!r} cannot be used: {error}", code="device_invalid") from error
     dtype = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
     return device, dtype
+
+
+def _adapter_memory(settings: Settings, device: torch.device) -> tuple[int, int]:
+    """Budgets of slots and host memory in bytes: a quarter each of what is free now, unless they are set."""
+    free_host = free_host_bytes() or UNKNOWN_FREE_BYTES
+    free_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host
+    return settings.slot_memory or free_device // 4, settings.host_memory or free_host // 4
 
 
 def _import_adapters(settings: Settings, store: AdapterStore, adapters: AdapterService, report: Report) -> None:

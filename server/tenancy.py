@@ -6,12 +6,13 @@ callers with the scope `admin` see everything, by `tenant~name`. A key's own lis
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import BinaryIO, TypeVar
 
+from server.adapters.lease import Lease, RegistryStats
 from server.adapters.record import AT_ONCE, AdapterRecord, Publication
-from server.adapters.registry import Lease
 from server.adapters.service import AdapterService, AdapterView
 from server.auth.caller import Caller
 from server.errors import ForbiddenError, NotFoundError, ServerError
@@ -121,6 +122,30 @@ class CallerAdapters:
     ) -> AdapterRecord:
         """Replace a generation's labels and note, those that are given."""
         return self._write("annotate", name, lambda stored: self._service.annotate(stored, generation, labels, note))
+
+    @property
+    def max_slots(self) -> int:
+        return self._service.max_slots
+
+    def tiers(self) -> RegistryStats:
+        """What is where, of all adapters."""
+        return self._service.tiers()
+
+    def warm(self, name: str) -> "Future[None]":
+        """Bring an adapter into a slot, after what requests wait for."""
+        return self._service.warm(self._find(name))
+
+    def evict(self, name: str) -> AdapterRecord:
+        """Free an adapter's memory, once the requests that use it have ended."""
+        return self._write("evict", name, self._service.evict)
+
+    def pin(self, name: str) -> AdapterRecord:
+        """Keep the name's current generation, whichever it is, in a slot."""
+        return self._write("pin", name, self._service.pin)
+
+    def unpin(self, name: str) -> AdapterRecord:
+        """Let the name's generations come and go again."""
+        return self._write("unpin", name, self._service.unpin)
 
     def _find(self, name: str) -> str:
         """The stored name, or `name@generation`, that the caller means by a name; NotFoundError if there is none."""

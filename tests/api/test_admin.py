@@ -56,8 +56,10 @@ def test_an_uploaded_adapter_answers_like_peft_until_it_is_deleted(live: Live, c
     assert info["details"]["rank"] == 4
     assert _generate(client, "mine").json()["generated_text"] == live.expected("dora", "Hello", 6)[1]
     shown = client.get("/admin/adapters/mine").json()
+    assert shown.pop("usage")["requests"] == info.pop("usage")["requests"] + 1
     assert shown == info | {"residency": "slot"}
-    assert shown in client.get("/admin/adapters").json()["adapters"]
+    listed = client.get("/admin/adapters").json()["adapters"]
+    assert shown in [{key: value for key, value in one.items() if key != "usage"} for one in listed]
     assert client.delete("/admin/adapters/mine").status_code == 200
     gone = _generate(client, "mine")
     assert (gone.status_code, gone.json()["code"]) == (404, "adapter_not_found")

@@ -69,13 +69,12 @@ def test_starting_values_equal_peft(bits: int, num_iterations: int) -> None:
     weight = torch.randn(64, 128)
     quantized, lora_a, lora_b = peft_on_cpu("loftq_init")(weight, bits, 6, num_iterations)
     found = loftq(weight, bits, 6, 1.0, num_iterations)
-    scale = weight.abs().max().item() / 127  # after an iteration rounding may fall the other way at a border
-    assert (found.quantized - quantized).abs().gt(1e-5).float().mean() < (0.001 if num_iterations > 1 else 1e-9)
     residual = weight - quantized - lora_b @ lora_a
     own = weight - found.quantized - found.lora_B @ found.lora_A
     assert size(own) == pytest.approx(size(residual), rel=1e-3)
-    if num_iterations == 1:
-        torch.testing.assert_close(found.lora_B @ found.lora_A, lora_b @ lora_a, rtol=1e-3, atol=0.02 * scale)
+    if num_iterations == 1:  # later a value at a border may round the other way
+        torch.testing.assert_close(found.quantized, quantized, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.lora_B @ found.lora_A, lora_b @ lora_a, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("scaling", [2.0, 0.5, -1.0])

@@ -10,7 +10,7 @@ from unittest import mock
 import peft
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_core import (
     AdapterNotFoundError,
@@ -19,6 +19,8 @@ from lora_core import (
     LoraModel,
     Route,
     UnsupportedError,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
 )
 from lora_core.mixing import COMBINATION_TYPES, MixOptions, MixPart, mix_module, svd_factors
 from lora_core.patterns import pattern_fields
@@ -122,6 +124,76 @@ def test_every_type_equals_peft(architecture: str, kind: str, seed: int, tmp_pat
         mix_both(ours, theirs, seed, *args, **options)
         assert_equal_deltas(ours, theirs, method)
         assert all(layer.scaling[method] == 1.0 for layer in ours.layers.values())
+
+
+class Shapes(nn.Module):
+    """An embedding and convolutions of two kernel sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(30, 12)
+        self.wide = nn.Conv2d(3, 8, (3, 2), padding=1)
+        self.point = nn.Conv2d(8, 10, 1)
+        self.line = nn.Conv1d(10, 7, 3)
+
+    def forward(self, ids: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        return self.table(ids), self.line(self.point(self.wide(image)).flatten(2))
+
+
+@pytest.mark.parametrize("kind", COMBINATION_TYPES)
+def test_embeddings_and_convolutions_equal_peft(kind: str, seed: int, tmp_path: Path) -> None:
+    base = Shapes().to(svd_dtype(kind))
+    targets = ["table", "wide", "point"] + (["line"] if kind in FACTOR_TYPES else [])  # PEFT's SVD of Conv1d fails
+    theirs: Any = peft.LoraModel(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=targets), "a")
+    theirs.peft_config["b"] = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets)
+    theirs.inject_adapter(theirs.model, "b")
+    ours = LoraModel(
+        base, {name: LoraConfig(r=4, lora_alpha=a, target_modules=targets) for name, a in (("a", 8), ("b", 6))}
+    )
+    for name in ("a", "b"):
+        state = {k: torch.randn_like(v) for k, v in get_peft_model_state_dict(ours, adapter_name=name).items()}
+        set_peft_model_state_dict(ours, state, adapter_name=name)
+        peft.set_peft_model_state_dict(theirs, {k.removeprefix("base_model."): v for k, v in state.items()}, name)
+    mix_both(ours, theirs, seed, ["a", "b"], [0.7, -1.2], "mix", combination_type=kind, density=0.6)
+    for name in targets:
+        layer, other = ours.layers[name], theirs.model.get_submodule(name)
+        assert_near(layer.get_delta_weight("mix"), other.get_delta_weight("mix").detach())
+    inputs = torch.randint(30, (2, 5)), torch.randn(2, 3, 6, 6, dtype=base.point.weight.dtype)
+    ours.set_adapter("mix")
+    theirs.set_adapter("mix")
+    for found, wanted in zip(ours(*inputs), theirs(*inputs), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SVD_TYPES if "dare" not in kind])
+def test_svd_of_what_peft_cannot_mix(kind: str) -> None:
+    """Conv1d, and DoRA on an embedding and on convolutions: the weighted sum of whole deltas."""
+    targets = ["table", "wide", "point", "line"]
+    ours = LoraModel(Shapes(), {name: LoraConfig(r=3, target_modules=targets, use_dora=True) for name in ("a", "b")})
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if ".lora_" in name or "magnitude" in name:
+                parameter.copy_(torch.randn_like(parameter))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a density of 1 prunes nothing
+        add_weighted_adapter(ours, ["a", "b"], [0.7, 0.4], "mix", kind, svd_rank=40, density=1.0)
+    if kind != "ties_svd":
+        for layer in ours.layers.values():
+            assert_near(layer.delta_matrix("mix"), 0.7 * layer.delta_matrix("a") + 0.4 * layer.delta_matrix("b"))
+
+
+def test_convolutions_with_groups_are_refused() -> None:
+    model = LoraModel(nn.Sequential(nn.Conv2d(4, 6, 1, groups=2)), LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(UnsupportedError, match="groups"):
+        add_weighted_adapter(model, ["default"], [1.0], "mix", "cat")
+    assert list(model.peft_config) == ["default"]
+
+
+def test_full_weights_are_refused_by_name(seed: int) -> None:
+    for field, value in (("modules_to_save", ["norm"]), ("trainable_token_indices", [3]), ("bias", "all")):
+        model = LoraModel(tiny_model("opt", seed), LoraConfig(**{field: value}))
+        with pytest.raises(UnsupportedError, match=field):
+            add_weighted_adapter(model, ["default"], [1.0], "mix")
 
 
 @pytest.mark.parametrize("options", [{}, {"svd_rank": 3}, {"svd_rank": 2, "svd_clamp": 0.9}, {"svd_rank": 10}], ids=str)
@@ -338,7 +410,8 @@ def test_the_fast_svd_equals_the_dense_one(monkeypatch: pytest.MonkeyPatch) -> N
         delta = sum(part.weight * part.scaling * part.tensors.lora_B @ part.tensors.lora_A for part in parts)
         dense = svd_factors(delta, rank)
         assert fast.lora_A.shape == dense.lora_A.shape == (rank, 40)
-        assert_near(fast.lora_B @ fast.lora_A, dense.lora_B @ dense.lora_A)
+        difference = fast.lora_B @ fast.lora_A - dense.lora_B @ dense.lora_A
+        assert difference.norm() <= 1e-4 * delta.norm()  # where two singular values are close, the cut is unstable
         kept = min(rank, 10)
         signs = (fast.lora_A * dense.lora_A)[:kept].sum(dim=1).sign()
         torch.testing.assert_close(fast.lora_A[:kept] * signs[:, None], dense.lora_A[:kept], rtol=1e-3, atol=1e-4)

@@ -148,6 +148,9 @@ def test_dora_on_int8_scales_what_the_layer_computes() -> None:
     with torch.no_grad():
         for parameter in (*layer.lora_A.parameters(), *layer.lora_B.parameters()):
             parameter.normal_()
+    layer.reset_magnitude("default")
+    with torch.no_grad():
+        layer.tensors("default").magnitude.mul_(torch.rand(96) + 0.5)
     part, x = layer.tensors("default"), torch.randn(5, 64)
     merged = dequantized_weight(base) + 2.0 * part.lora_B @ part.lora_A
     gain = part.magnitude / merged.norm(dim=1)
