@@ -8,6 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
+from loramux_client import AuthenticationError, Client, PermissionDeniedError
+from loramux_client import KeyLimits as ClientLimits
 from server.adapters.service import AdapterService
 from server.auth.keys import KeyLimits, Scope
 from server.tenancy import CallerAdapters
@@ -196,6 +198,21 @@ def test_keys_over_http(guarded: Guarded) -> None:
         ):
             response = admin.post("/admin/keys", json={"name": "bad", "scopes": ["generate"]} | bad)
             assert (response.status_code, response.json()["error"]["code"]) == (422, "invalid_value"), response.text
+
+
+def test_keys_by_the_client(guarded: Guarded) -> None:
+    with Client(guarded.url, api_key=guarded.secrets["admin"]) as admin:
+        limits = ClientLimits(requests_per_minute=5)
+        made = admin.keys.create("clients", ["generate"], tenant="b", adapters=["sec*"], limits=limits)
+        assert (made.tenant, made.adapters, made.limits) == ("b", ["sec*"], limits)
+        assert made.key_id in {key.key_id for key in admin.keys.list()}
+        with Client(guarded.url, api_key=made.secret) as client:
+            assert client.generate("x", adapters="secret", max_new_tokens=1).num_generated_tokens == 1
+            with pytest.raises(PermissionDeniedError):
+                client.keys.list()
+            admin.keys.revoke(made.key_id)
+            with pytest.raises(AuthenticationError):
+                client.info()
 
 
 def test_the_audit_log_has_what_was_changed(guarded: Guarded) -> None:

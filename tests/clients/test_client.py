@@ -14,7 +14,10 @@ import pytest
 from loramux_client import (
     APIConnectionError,
     AsyncClient,
+    ChatOptions,
     Client,
+    ConflictError,
+    GenerateOptions,
     GenerationError,
     IncompleteAnswerError,
     InvalidRequestError,
@@ -25,6 +28,8 @@ from loramux_client import (
     TooLargeError,
     UnexpectedAnswerError,
 )
+from server.schemas.chat import ChatRequest
+from server.schemas.tgi import GenerateParameters
 from tests.api.conftest import Live
 
 PROMPT = "What is the capital of France?"
@@ -108,6 +113,48 @@ def test_adapters_come_and_go(live: Live, client: Client, tmp_path: Path) -> Non
         archive.add(live.folders["rank4"], "folder")
     assert client.adapters.upload(tmp_path / "packed.tar.gz").name == "packed"
     assert client.adapters.delete("packed").generation == 1
+
+
+def test_generations_and_tiers(live: Live, client: Client) -> None:
+    first = client.adapters.upload(live.folders["rank4"], "many", labels={"stage": "one"}, note="the first")
+    assert (first.labels, first.note, first.is_current) == ({"stage": "one"}, "the first", True)
+    second = client.adapters.upload(live.folders["rank8"], "many", expected_generation=1, promote=False)
+    assert (second.generation, second.is_current) == (2, False)
+    with pytest.raises(ConflictError) as conflict:
+        client.adapters.upload(live.folders["dora"], "many", expected_generation=2)
+    assert conflict.value.body["error"]["current_generation"] == 1
+    assert client.generate(PROMPT, adapters="many@2", **EXACT).text == live.expected("rank8", PROMPT, 12)[1]
+    assert client.adapters.promote("many", 2, expected_generation=1).generation == 2
+    assert client.generate(PROMPT, adapters="many", **EXACT).text == live.expected("rank8", PROMPT, 12)[1]
+    assert client.adapters.rollback("many").generation == 1
+    assert [one.generation for one in client.adapters.generations("many")] == [2, 1]
+    assert client.adapters.annotate("many", generation=2, note="the other").note == "the other"
+    assert client.adapters.delete("many", generation=2).generation == 2
+    assert client.adapters.warm("many").residency == "slot"
+    assert client.adapters.pin("many").is_pinned
+    with pytest.raises(ConflictError):
+        client.adapters.evict("many")
+    assert not client.adapters.unpin("many").is_pinned
+    assert client.adapters.evict("many").residency == "store"
+    client.adapters.delete("many", expected_generation=1)
+
+
+def test_a_live_chat(live: Live, client: Client) -> None:
+    messages = [{"role": "user", "content": PROMPT}]
+    options: Any = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
+    base, adapted = (client.chat(messages, adapters=name, **options) for name in (None, "dora"))
+    assert base.usage.completion_tokens == 8
+    assert base.text != adapted.text
+    assert client.chat(messages, adapters={"dora": 1.0}, **options).text == adapted.text
+    with client.chat_stream(messages, adapters="dora", **options) as stream:
+        assert "".join(delta.text for delta in stream) == adapted.text
+    assert stream.result.usage == adapted.usage
+    assert stream.result.finish_reason == "length"
+
+
+def test_options_are_the_servers() -> None:
+    assert GenerateOptions.__annotations__.keys() <= GenerateParameters.model_fields.keys()
+    assert ChatOptions.__annotations__.keys() <= ChatRequest.model_fields.keys()
 
 
 WEIGHTS = "adapter_model.safetensors"

@@ -18,6 +18,7 @@ def test_every_example_runs(
     live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(live.folders["rank8"], tmp_path / "my-adapter")
+    shutil.copytree(live.folders["rank16"], tmp_path / "my-adapter-2")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORAMUX_URL", live.url)
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)

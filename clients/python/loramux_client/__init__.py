@@ -34,7 +34,18 @@ from loramux_client.errors import (
     UnavailableError,
     UnexpectedAnswerError,
 )
-from loramux_client.models import Adapter, ChatAnswer, ChatDelta, Generation, ServerInfo, Token, Usage
+from loramux_client.models import (
+    Adapter,
+    ChatAnswer,
+    ChatDelta,
+    Generation,
+    Key,
+    KeyLimits,
+    NewKey,
+    ServerInfo,
+    Token,
+    Usage,
+)
 from loramux_client.options import Adapters, ChatOptions, GenerateOptions, Message
 
 __all__ = [
@@ -57,8 +68,11 @@ __all__ = [
     "IncompleteAnswerError",
     "InvalidRequestError",
     "JobFailedError",
+    "Key",
+    "KeyLimits",
     "LoraMuxError",
     "Message",
+    "NewKey",
     "NotFoundError",
     "PermissionDeniedError",
     "Progress",

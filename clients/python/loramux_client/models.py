@@ -5,7 +5,18 @@ from typing import Any
 
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["Adapter", "ChatAnswer", "ChatDelta", "Generation", "ServerInfo", "Token", "Usage"]
+__all__ = [
+    "Adapter",
+    "ChatAnswer",
+    "ChatDelta",
+    "Generation",
+    "Key",
+    "KeyLimits",
+    "NewKey",
+    "ServerInfo",
+    "Token",
+    "Usage",
+]
 
 
 class Model(BaseModel):
@@ -20,8 +31,11 @@ class Adapter(Model):
     Attributes:
         digest: sha256 over its files; equal digests are equal adapters.
         generation: counts what was uploaded under the name, from 1.
+        is_current: the bare name means this generation; the others are `name@generation`.
+        is_pinned: the name's current generation stays ready for use.
         details: what the check at upload found out: type, rank, targets, ...
         residency: "slot" (ready for use), "host" (in memory) or "store" (on disk).
+        usage: what became of it since the server's start.
     """
 
     name: str
@@ -31,6 +45,12 @@ class Adapter(Model):
     num_bytes: int
     details: dict[str, Any] = Field(default_factory=dict)
     residency: str = "store"
+    is_current: bool = True
+    is_pinned: bool = False
+    labels: dict[str, str] = Field(default_factory=dict)
+    note: str = ""
+    source: dict[str, Any] = Field(default_factory=dict)
+    usage: dict[str, Any] = Field(default_factory=dict)
 
 
 class Token(Model):
@@ -101,6 +121,38 @@ class ChatDelta(Model):
 
     text: str = ""
     finish_reason: str | None = None
+
+
+class KeyLimits(Model):
+    """How much a key may ask for; None for no limit."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    max_concurrent: int | None = None
+
+
+class Key(Model):
+    """An API key, without its secret.
+
+    Attributes:
+        scopes: of "generate", "adapters:read", "adapters:write" and "admin".
+        adapters: names or patterns to which it is confined; None for no such list.
+    """
+
+    key_id: str
+    name: str
+    scopes: list[str]
+    tenant: str | None = None
+    adapters: list[str] | None = None
+    limits: KeyLimits = KeyLimits()
+    created_at: datetime
+    expires_at: datetime | None = None
+
+
+class NewKey(Key):
+    """A key that was just made; its secret is shown this one time."""
+
+    secret: str
 
 
 class ServerInfo(Model):

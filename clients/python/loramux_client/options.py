@@ -13,18 +13,27 @@ Message = Mapping[str, Any]
 
 
 class GenerateOptions(TypedDict, total=False):
-    """Options of `generate` and `stream`."""
+    """Options of `generate` and `stream`; `response_format` may hold a JSON schema."""
 
     max_new_tokens: int
     do_sample: bool
     temperature: float
     top_k: int
     top_p: float
+    min_p: float
+    typical_p: float
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    min_new_tokens: int
+    bad_words: Sequence[str]
     seed: int
     stop: Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos_token: bool
+    truncate: int
     return_full_text: bool
+    response_format: Mapping[str, Any]
 
 
 class ChatOptions(TypedDict, total=False):
@@ -34,10 +43,17 @@ class ChatOptions(TypedDict, total=False):
     temperature: float
     top_k: int
     top_p: float
-    seed: int
-    stop: str | Sequence[str]
+    min_p: float
+    typical_p: float
+    repetition_penalty: float
     frequency_penalty: float
     presence_penalty: float
+    min_tokens: int
+    bad_words: Sequence[str]
+    seed: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
     logit_bias: Mapping[str, float]
     response_format: Mapping[str, Any]
     tools: Sequence[Mapping[str, Any]]
