@@ -1,15 +1,16 @@
 """From a prompt in a request to a stream of tokens: the one way into the engine."""
 
 import asyncio
+import copy
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from server.delivery import Delivery, GenerationGroup
+from server.delivery import Charge, Delivery, GenerationGroup, charge_nobody
 from server.engine import EngineLoop, GenerationRequest, SamplingParams
 from server.engine.ports import AdapterLease
-from server.errors import ContextLengthError, InvalidRequestError, UnavailableError
+from server.errors import ContextLengthError, InvalidRequestError
 from server.structured import Grammar, StructuredOutput, TokenMasks
 from server.text import StopRule, TextCodec
 
@@ -79,11 +80,14 @@ class GenerationService:
         self._delivery = delivery
         self._structured = structured
         self._default_max_new_tokens = default_max_new_tokens
-        self._is_draining = False
+        self._charge: Charge = charge_nobody
 
-    def drain(self) -> None:
-        """Take no new work; what runs goes on."""
-        self._is_draining = True
+    def for_caller(self, adapters: AdapterDirectory, *, charge: Charge) -> "GenerationService":
+        """The same for one caller: it knows these adapters, and `charge` is told what its requests use."""
+        service = copy.copy(self)
+        service._adapters = adapters
+        service._charge = charge
+        return service
 
     async def start(self, task: GenerationTask) -> GenerationGroup:
         """Submit a task's sequences: all of them, those of the first prompt first, or none.
@@ -91,9 +95,7 @@ class GenerationService:
         Raises:
             ServerError: unknown adapter, prompt too long, queue full, and so on; nothing was started then.
         """
-        if self._is_draining:
-            raise UnavailableError("the server is shutting down", code="draining")
-        group = GenerationGroup(self.engine)
+        group = GenerationGroup(self.engine, self._charge)
         leases: list[NamedLease | None] = []
         num_submitted = 0
         try:
@@ -102,6 +104,7 @@ class GenerationService:
                 group.adapter_generations = leases[0].generations
             prompts, constraints = await asyncio.to_thread(self._prepare, task)
             sampling = self._checked_sampling(task, prompts)
+            self._charge(sum(map(len, prompts)))
             for i, lease in enumerate(leases):
                 ids = prompts[i // task.num_sequences]
                 request = GenerationRequest(
