@@ -108,7 +108,7 @@ def initialise(layer: LoraLayer, name: str, config: LoraConfig) -> None:
                 nn.init.zeros_(part.bias)
         elif method != "none":
             if not isinstance(layer, LoraLinear):
-                raise ConfigError(f"Unknown initialization init_lora_weights={init!r} for a convolution")
+                raise ConfigError(f"Unknown initialization init_lora_weights={init!r} for a {type(layer).__name__}")
             start = _start(layer, method, part.rank, scaling, config)
             # Rows beyond the singular values stay zero; PEFT makes A and B smaller than the config says.
             part.lora_A.zero_()[: start.lora_A.shape[0]] = start.lora_A

@@ -177,7 +177,7 @@ class LoraLayer(AdapterModule):
         self.lora_A[name], self.lora_B[name] = a.to(**place), b.to(**place)
         self.r[name], self.lora_alpha[name], self.scaling[name] = r, lora_alpha, scaling
         if dropout > 0:
-            self.lora_dropout[name] = nn.Dropout(dropout)
+            self.lora_dropout[name] = nn.Dropout(dropout).train(self.base_layer.training)
         if use_dora:
             self.lora_magnitude_vector[name] = MagnitudeVector(torch.empty(self.magnitude_shape(), **place))
 
