@@ -8,8 +8,11 @@ __all__ = ["Pace"]
 
 # Weight of the newest measurement.
 NEWEST = 0.3
-# A prompt always advances by so many tokens.
-MIN_PROMPT_TOKENS = 16
+# Prompts always advance by so many tokens, if there are as many: smaller pieces cost nearly as much.
+MIN_PROMPT_TOKENS = 64
+# They always get so much time, in times of what the streams alone take: a step that reads all weights for a few prompt
+# tokens keeps everybody waiting for longer in the end.
+MIN_SHARE = 1.5
 
 
 class Pace:
@@ -28,7 +31,7 @@ class Pace:
         """Learn from a step that has run."""
         if not num_prompt_tokens:
             self._decode_s = _follow(self._decode_s, seconds)
-        elif num_prompt_tokens >= MIN_PROMPT_TOKENS:
+        elif num_prompt_tokens >= MIN_PROMPT_TOKENS // 2:
             streams_s = min(self._decode_s, seconds) if num_streams else 0.0
             self._prompt_token_s = _follow(self._prompt_token_s, (seconds - streams_s) / num_prompt_tokens)
 
@@ -36,7 +39,7 @@ class Pace:
         """Prompt tokens for a step with so many streams; at most `budget`, which is what is left for them."""
         if self.target_step_s is None or not num_streams or not self._prompt_token_s:
             return budget
-        room_s = self.target_step_s - self._decode_s
+        room_s = max(self.target_step_s - self._decode_s, MIN_SHARE * self._decode_s)
         return min(budget, max(MIN_PROMPT_TOKENS, int(room_s / self._prompt_token_s)))
 
 
