@@ -176,8 +176,10 @@ def check_base_weight(name: str, saved: Tensor | None, layer: nn.Module) -> None
     Raises:
         TargetError: it is another one.
     """
+    if saved is None:  # reading the layer's own would unpack it
+        return
     own = cast(Tensor, layer.weight)
-    if saved is not None and (saved.shape != own.shape or not torch.equal(saved.to(own), own)):
+    if saved.shape != own.shape or not torch.equal(saved.to(own), own):
         raise TargetError(
             f"module {name!r}: the adapter's file holds a base weight that is not this base model's; "
             "it was trained on another model, or on one with a resized vocabulary"
