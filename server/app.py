@@ -21,6 +21,7 @@ from server.api import admin, chat, completions, system, tgi, tokens
 from server.api.envelopes import install_error_handlers
 from server.api.middleware import BodyLimit, RequestId
 from server.api.model_names import BASE_NAME, ModelNames
+from server.api.openapi import install_openapi
 from server.delivery import Delivery
 from server.demo import demo_adapters
 from server.demo.model import ensure_demo_model
@@ -157,6 +158,7 @@ def create_app(server: Server, settings: Settings) -> FastAPI:
     for router in (tgi.router, completions.router, chat.router, tokens.router, system.router, admin.router):
         app.include_router(router)
     install_error_handlers(app)
+    install_openapi(app)
     app.add_middleware(
         BodyLimit,
         max_json_bytes=settings.max_json_bytes,
