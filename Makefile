@@ -29,7 +29,7 @@ lint: $(VENV)/.developed
 check: lint test
 
 bench: $(VENV)/.developed
-	$(BIN)/python -m tests.bench.throughput
+	$(BIN)/python -m tests.bench
 
 clean:
 	rm -rf $(VENV)

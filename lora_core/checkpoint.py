@@ -48,6 +48,10 @@ PARTS = {
 }
 # PEFT adds it where an embedding is targeted (`save_embedding_layers="auto"`): the base model's, not the adapter's.
 BASE_WEIGHT = ".base_layer.weight"
+# What LoraModel loads, and slots cannot hold yet.
+UNSERVED = (
+    "bias", "layer_replication", "megatron_config", "modules_to_save", "target_parameters", "trainable_token_indices",
+)  # fmt: skip
 OLD_MAGNITUDE = ".lora_magnitude_vector.weight"
 
 
@@ -86,6 +90,9 @@ def parse_adapter(config_json: bytes, weights: bytes) -> AdapterWeights:
     """Build an adapter from the contents of its two files; errors as in `load_adapter`."""
     config = LoraConfig.from_json(config_json)
     config.require_plain()
+    for field in UNSERVED:
+        if getattr(config, field) not in (None, "none"):
+            raise UnsupportedError(f"`{field}` is set in {CONFIG_NAME} and is not supported")
     check_tensors(config, read_header(memoryview(weights), len(weights)))
     tensors = _load(weights)
     base_weights = {_split_key(key)[0]: tensors.pop(key) for key in list(tensors) if key.endswith(BASE_WEIGHT)}

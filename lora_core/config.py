@@ -271,16 +271,7 @@ def _normalise_full_weights(config: LoraConfig) -> None:
         object.__setattr__(config, "trainable_token_indices", _token_ids(tokens) or None)
     if config.bias not in ("none", "all", "lora_only"):
         raise ConfigError(f"Requested bias: {reprlib.repr(config.bias)}, is not implemented.")
-    ranges = config.layer_replication
-    if ranges is not None:
-        if not isinstance(ranges, list | tuple) or not all(
-            isinstance(r, list | tuple) and len(r) == 2 and all(type(i) is int and i >= 0 for i in r) and r[0] < r[1]
-            for r in ranges
-        ):
-            raise ConfigError("`layer_replication` must be a list of [start, end) pairs of layer indices")
-        if sum(end - start for start, end in ranges) > MAX_LAYERS:
-            raise ConfigError(f"`layer_replication` makes more than {MAX_LAYERS} layers")
-        object.__setattr__(config, "layer_replication", tuple((r[0], r[1]) for r in ranges) or None)
+    _normalise_replication(config)
     if not isinstance(config.loftq_config, LoftQConfig | Mapping | None):
         raise ConfigError("`loftq_config` must be a mapping")
     if not isinstance(config.auto_mapping, Mapping | None):
@@ -291,6 +282,26 @@ def _normalise_full_weights(config: LoraConfig) -> None:
         if unknown:
             raise ConfigError(f"`loftq_config` has an unknown entry {min(unknown)!a}")
         object.__setattr__(config, "loftq_config", LoftQConfig(**given) if given else None)
+
+
+def _normalise_replication(config: LoraConfig) -> None:
+    ranges = config.layer_replication
+    if ranges is None:
+        return
+    if not isinstance(ranges, list | tuple) or not all(_is_range(r) for r in ranges):
+        raise ConfigError("`layer_replication` must be a list of [start, end) pairs of layer indices")
+    if sum(end - start for start, end in ranges) > MAX_LAYERS:
+        raise ConfigError(f"`layer_replication` makes more than {MAX_LAYERS} layers")
+    object.__setattr__(config, "layer_replication", tuple((r[0], r[1]) for r in ranges) or None)
+
+
+def _is_range(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and all(type(i) is int and i >= 0 for i in value)
+        and value[0] < value[1]
+    )
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ class LoraConv(LoraLayer):
     def weight_of(self, matrix: Tensor) -> Tensor:
         return matrix.view(self.base_layer.weight.shape)
 
-    def make_factors(self, r: int, *, bias: bool, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    def make_factors(self, r: int, *, bias: bool) -> tuple[nn.Module, nn.Module]:
         base = self.base_layer
         if r % base.groups:
             raise ConfigError(
@@ -54,8 +54,7 @@ class LoraConv(LoraLayer):
             raise UnsupportedError(f"a convolution with padding mode {base.padding_mode!r} cannot have an adapter")
         kind: Any = type(base)
         a = kind(base.in_channels, r, base.kernel_size, base.stride, base.padding, base.dilation, bias=False)
-        b = kind(r, base.out_channels, 1, groups=base.groups, bias=bias)
-        return a.to(dtype), b.to(dtype)
+        return a, kind(r, base.out_channels, 1, groups=base.groups, bias=bias)
 
     def magnitude_shape(self) -> tuple[int, ...]:
         return (1, self.out_features, *[1] * (self.base_layer.weight.ndim - 2))

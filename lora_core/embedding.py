@@ -44,9 +44,9 @@ class LoraEmbedding(LoraLayer):
         for own, made in ((self.lora_embedding_A, self.lora_A), (self.lora_embedding_B, self.lora_B)):
             own[name] = cast(nn.ParameterDict, made.pop(name))["weight"]
 
-    def make_factors(self, r: int, *, bias: bool, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    def make_factors(self, r: int, *, bias: bool) -> tuple[nn.Module, nn.Module]:
         assert not bias
-        a, b = torch.randn(r, self.in_features, dtype=dtype), torch.randn(self.out_features, r, dtype=dtype)
+        a, b = torch.randn(r, self.in_features), torch.randn(self.out_features, r)
         return nn.ParameterDict({"weight": nn.Parameter(a)}), nn.ParameterDict({"weight": nn.Parameter(b)})
 
     def delete(self, name: str) -> None:

@@ -1,7 +1,7 @@
 """Starting values of A and B, and what they take out of the base weight.
 
-Sources: LoRA (Hu et al. 2021), PiSSA (Meng et al. 2024), OLoRA (Büyükakyüz 2024). Random draws come in PEFT's order, so
-equal seeds give equal adapters.
+Sources: LoRA (Hu et al. 2021), PiSSA (Meng et al. 2024), OLoRA (Büyükakyüz 2024). Random draws come in PEFT's order
+and, as there, in float32 on the CPU, so equal seeds give equal adapters whatever the base model is.
 """
 
 import math
@@ -31,13 +31,13 @@ class Start(NamedTuple):
 
 def kaiming(lora_A: Tensor, lora_B: Tensor) -> None:
     """A Kaiming-uniform, B zero, in place: the adapter begins as no change."""
-    nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+    lora_A.copy_(nn.init.kaiming_uniform_(torch.empty(lora_A.shape), a=math.sqrt(5)))
     nn.init.zeros_(lora_B)
 
 
 def gaussian(lora_A: Tensor, lora_B: Tensor, rank: int | None = None) -> None:
     """A normal with deviation 1 / rank (A's rows unless it holds several experts'), B zero, in place."""
-    nn.init.normal_(lora_A, std=1 / (rank or lora_A.shape[0]))
+    lora_A.copy_(nn.init.normal_(torch.empty(lora_A.shape), std=1 / (rank or lora_A.shape[0])))
     nn.init.zeros_(lora_B)
 
 
@@ -101,7 +101,7 @@ def initialise(layer: LoraLayer, name: str, config: LoraConfig) -> None:
         if isinstance(layer, LoraEmbedding):
             if method != "none":
                 nn.init.zeros_(part.lora_A)
-                nn.init.normal_(part.lora_B)
+                part.lora_B.copy_(nn.init.normal_(torch.empty(part.lora_B.shape)))
         elif method in ("kaiming", "gaussian"):
             (kaiming if method == "kaiming" else gaussian)(part.lora_A, part.lora_B)
             if part.bias is not None:

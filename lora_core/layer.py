@@ -9,7 +9,7 @@ Every kind of layer is a linear map underneath, and says how: its weight as a ma
 """
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lora_core.adapter_module import AdapterModule
 from lora_core.errors import AdapterNotFoundError, UnsupportedError
-from lora_core.maths import Folded, delta_weight, dora_gain, fold
+from lora_core.maths import Folded, dora_gain, fold, weight_change
 from lora_core.ops import apply_rows
 from lora_core.quant import dequantized_weight, is_quantized, keep_layout, quantized_like
 from lora_core.routing import Key, Route, Router
@@ -31,6 +31,8 @@ HALF = (torch.float16, torch.bfloat16)
 
 def is_linear(module: nn.Module) -> bool:
     """True for nn.Linear and its subclasses, GPT-2's Conv1D, or one of them that is wrapped already."""
+    while isinstance(module, AdapterModule) and not isinstance(module, LoraLinear):
+        module = module.get_base_layer()
     return isinstance(module, nn.Linear | LoraLinear) or is_conv1d(module)
 
 
@@ -65,6 +67,13 @@ class MagnitudeVector(nn.Module):
         self.weight = nn.Parameter(value)
 
 
+class _SharedOutput(Protocol):
+    """Computes several layers as one (`lora_core.shared`)."""
+
+    def output(self, member: "LoraLinear", x: Tensor, /) -> Tensor:
+        """The member's output, adapters included."""
+
+
 class LoraLayer(AdapterModule):
     """A layer with adapters; subclasses know the kind of layer.
 
@@ -82,6 +91,7 @@ class LoraLayer(AdapterModule):
         keep_layout(base_layer)
         self.out_features, self.in_features = self.shape_of(base_layer)
         self.slots: LayerSlots | None = None
+        self.shared: _SharedOutput | None = None
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
         self.lora_dropout = nn.ModuleDict()
@@ -106,7 +116,7 @@ class LoraLayer(AdapterModule):
         """[O, I] as the base layer stores it."""
         raise NotImplementedError
 
-    def make_factors(self, r: int, *, bias: bool, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    def make_factors(self, r: int, *, bias: bool) -> tuple[nn.Module, nn.Module]:
         """Modules for A and B, initialised as PyTorch does, in the order in which PEFT draws."""
         raise NotImplementedError
 
@@ -162,15 +172,14 @@ class LoraLayer(AdapterModule):
         dropout: float = 0.0,
     ) -> None:
         """Create an adapter's parameters with PyTorch's own starting values; `lora_core.init` sets PEFT's."""
-        a, b = self.make_factors(r, bias=lora_bias, dtype=self.adapter_dtype)
-        self.lora_A[name], self.lora_B[name] = a.to(self.device), b.to(self.device)
+        place: dict[str, Any] = {"device": self.device, "dtype": self.adapter_dtype}
+        a, b = self.make_factors(r, bias=lora_bias)
+        self.lora_A[name], self.lora_B[name] = a.to(**place), b.to(**place)
         self.r[name], self.lora_alpha[name], self.scaling[name] = r, lora_alpha, scaling
         if dropout > 0:
             self.lora_dropout[name] = nn.Dropout(dropout)
         if use_dora:
-            shape = self.magnitude_shape()
-            empty = torch.empty(shape, dtype=self.adapter_dtype, device=self.device)
-            self.lora_magnitude_vector[name] = MagnitudeVector(empty)
+            self.lora_magnitude_vector[name] = MagnitudeVector(torch.empty(self.magnitude_shape(), **place))
 
     def add_bias(self, name: str) -> None:
         """Let the adapter train the base layer's bias: a copy of its own."""
@@ -254,13 +263,8 @@ class LoraLayer(AdapterModule):
 
     def delta_matrix(self, name: str) -> Tensor:
         """[O, I]: s·B·A, or diag(gain)·(W0 + s·B·A) - W0 for DoRA."""
-        part, scaling = self.tensors(name), self.scaling[name]
-        delta = delta_weight(part.lora_A, part.lora_B, scaling)
-        if part.magnitude is None:
-            return delta
-        weight = self.matrix().to(delta.dtype)
-        gain = dora_gain(part.magnitude, weight, part.lora_A, part.lora_B, scaling)
-        return gain[:, None] * (weight + delta) - weight
+        part = self.tensors(name)
+        return weight_change(part, self.scaling[name], None if part.magnitude is None else self.matrix())
 
     def merged_parameters(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
@@ -305,12 +309,16 @@ class LoraLinear(LoraLayer):
     def weight_of(self, matrix: Tensor) -> Tensor:
         return matrix.T if is_conv1d(self.base_layer) else matrix
 
-    def make_factors(self, r: int, *, bias: bool, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-        a = nn.Linear(self.in_features, r, bias=False, dtype=dtype)
-        return a, nn.Linear(r, self.out_features, bias=bias, dtype=dtype)
+    def make_factors(self, r: int, *, bias: bool) -> tuple[nn.Module, nn.Module]:
+        return nn.Linear(self.in_features, r, bias=False), nn.Linear(r, self.out_features, bias=bias)
 
     def shrink(self, x: Tensor, a: Tensor) -> Tensor:
         return F.linear(x, a)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.shared is not None and not torch.is_grad_enabled():
+            return self.shared.output(self, x)
+        return super().forward(x, *args, **kwargs)
 
     def adapt(self, y: Tensor, x: Tensor, route: Route) -> Tensor:
         rows = y.reshape(-1, y.shape[-1])

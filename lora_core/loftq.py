@@ -79,8 +79,9 @@ def fake_quantize(weight: Tensor, bits: int) -> Tensor:
     """
     weight = weight.float()
     if bits == 8:
-        scale = weight.abs().amax(dim=1, keepdim=True) / 127
-        return (weight / scale.clamp(min=torch.finfo(torch.float32).tiny)).round() * scale
+        weight = weight.half().float()  # bitsandbytes quantizes from float16
+        largest = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)  # a row of zeros stays one
+        return (weight * (127 / largest)).round() * (largest / 127)
     if bits not in (2, 4):
         raise ConfigError(f"LoftQ quantizes to 2, 4 or 8 bits, not {bits}")
     levels = torch.tensor(NF4, device=weight.device) if bits == 4 else _normal_levels(bits).to(weight.device)

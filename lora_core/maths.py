@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_core.errors import TargetError
 from lora_core.weights import LoraTensors
 
-__all__ = ["Folded", "delta_weight", "dora_gain", "fold"]
+__all__ = ["Folded", "delta_weight", "dora_gain", "fold", "weight_change"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,21 @@ def dora_gain(magnitude: Tensor, base_weight: Tensor, lora_A: Tensor, lora_B: Te
         merged = base_weight.to(lora_A.dtype) + delta_weight(lora_A, lora_B, scaling)
         norm = torch.linalg.vector_norm(merged, dim=1)
     return magnitude / norm
+
+
+def weight_change(part: LoraTensors, scaling: float, base_weight: Tensor | None = None) -> Tensor:
+    """What an adapter adds to a weight, [O, I]: s·B·A, or diag(gain)·(W0 + s·B·A) - W0 for DoRA.
+
+    Args:
+        base_weight: W0 [O, I]; needed for DoRA only.
+    """
+    delta = delta_weight(part.lora_A, part.lora_B, scaling)
+    if part.magnitude is None:
+        return delta
+    assert base_weight is not None
+    weight = base_weight.to(delta.dtype)
+    gain = dora_gain(part.magnitude, weight, part.lora_A, part.lora_B, scaling)
+    return gain[:, None] * (weight + delta) - weight
 
 
 def fold(part: LoraTensors, scaling: float, base_weight: Tensor | None = None) -> Folded:

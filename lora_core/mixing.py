@@ -17,12 +17,13 @@ from lora_core.errors import ConfigError
 from lora_core.maths import delta_weight
 from lora_core.weights import LoraTensors
 
-__all__ = ["COMBINATION_TYPES", "MixOptions", "MixPart", "combine", "mix_module", "svd_factors"]
+__all__ = ["COMBINATION_TYPES", "NEEDS_EQUAL_RANKS", "MixOptions", "MixPart", "combine", "mix_module", "svd_factors"]
 
 COMBINATION_TYPES = (
     "svd", "linear", "cat", "ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd", "dare_linear_svd",
     "magnitude_prune", "magnitude_prune_svd",
 )  # fmt: skip
+SVD_DRIVERS = (None, "gesvd", "gesvdj", "gesvda")
 NEEDS_EQUAL_RANKS = frozenset({"linear", "ties", "dare_ties", "dare_linear", "magnitude_prune"})
 
 
@@ -35,8 +36,9 @@ class MixOptions:
             adapters' deltas; the others are approximations that have their own uses.
         svd_rank: rank of the result of the "svd" family; the largest source rank by default.
         svd_clamp: quantile at which the entries of the SVD's factors are clamped, 0 to 1.
-        svd_full_matrices, svd_driver: given to `torch.linalg.svd`.
-        density: share of entries that pruning keeps, 0 to 1; needed by the TIES, DARE and magnitude families.
+        svd_full_matrices, svd_driver: given to `torch.linalg.svd`; a driver is cuSOLVER's, for tensors on CUDA.
+        density: share of entries that pruning keeps, 0 to 1; needed by the TIES, DARE and magnitude families. DARE
+            divides by it: it must be above 0 there.
         majority_sign_method: TIES elects each entry's sign by the "total" of the values or by their "frequency".
 
     Raises:
@@ -58,6 +60,10 @@ class MixOptions:
             raise ConfigError(f"combination_type {self.combination_type} needs `density`")
         if self.density is not None and not self.density >= 0:
             raise ConfigError(f"Density should be >= 0, got {self.density}")
+        if self.density == 0 and self.method.startswith("dare"):
+            raise ConfigError("DARE divides by the density: it must be above 0")
+        if self.svd_driver not in SVD_DRIVERS:
+            raise ConfigError(f"`svd_driver` must be one of {SVD_DRIVERS}, not {self.svd_driver!r}")
         if self.majority_sign_method not in ("total", "frequency"):
             raise ConfigError(f'Unimplemented mask method "{self.majority_sign_method}"')
         if self.svd_rank is not None and self.svd_rank < 1:
@@ -85,7 +91,8 @@ class MixPart:
 
     Attributes:
         tensors: its factors.
-        delta: [O, I], its whole change of the weight, scaling (and DoRA's gain) included; for the "svd" family.
+        delta: [O, I], its whole change of the weight, scaling (and DoRA's gain) included, for the "svd" family; by
+            default s·B·A.
     """
 
     tensors: LoraTensors
@@ -95,11 +102,15 @@ class MixPart:
 
 
 def mix_module(parts: Sequence[MixPart], options: MixOptions, rank: int, *, transposed: bool = False) -> LoraTensors:
-    """Combine the sources' parts of one module into factors whose scaling is 1.
+    """Combine the sources' parts of one module into factors A [rank, I] and B [O, rank] whose scaling is 1.
+
+    Only the "svd" family looks at `rank` and at whole deltas.
 
     Args:
-        rank: of the result, for the "svd" family.
         transposed: the module stores its weight as [I, O] (Conv1D, embeddings): decides the order of random draws.
+
+    Raises:
+        ConfigError: an SVD driver without CUDA.
     """
     if options.combination_type == "cat":
         lora_a = torch.cat([part.tensors.lora_A * (part.weight * part.scaling) for part in parts])
@@ -132,14 +143,29 @@ def combine(tensors: Sequence[Tensor], weights: Sequence[float], options: MixOpt
     return ((weighted * agrees).sum(dim=0) / agrees.sum(dim=0).clamp(min=1)).to(stacked.dtype)
 
 
-def svd_factors(delta: Tensor, rank: int, options: MixOptions) -> LoraTensors:
-    """The best rank-`rank` factors of `delta` [O, I]: B = U·S, A = Vᵀ."""
-    u, s, vh = torch.linalg.svd(delta, full_matrices=options.svd_full_matrices, driver=options.svd_driver)
-    lora_b, lora_a = u[:, :rank] * s[:rank], vh[:rank]
+def svd_factors(delta: Tensor, rank: int, options: MixOptions | None = None) -> LoraTensors:
+    """The best factors of `delta` [O, I] by an SVD: B = U·S, A = Vᵀ; filled up with zeros beyond its own rank.
+
+    Raises:
+        ConfigError: an SVD driver without CUDA.
+    """
+    options = options or MixOptions(svd_full_matrices=False)
+    if options.svd_driver is not None and not delta.is_cuda:
+        raise ConfigError("`svd_driver` chooses among cuSOLVER's methods: it needs the tensors on CUDA")
+    u, s, vh = torch.linalg.svd(_full(delta), full_matrices=options.svd_full_matrices, driver=options.svd_driver)
+    lora_b, lora_a = u[:, : min(rank, len(s))] * s[:rank], vh[: min(rank, len(s))]
     if options.svd_clamp is not None:
-        high = torch.quantile(torch.cat([lora_b.flatten(), lora_a.flatten()]), options.svd_clamp)
-        lora_b, lora_a = lora_b.clamp(-high, high), lora_a.clamp(-high, high)
-    return LoraTensors(lora_a.contiguous(), lora_b.contiguous())
+        lora_a, lora_b = _clamped(lora_a, lora_b, options.svd_clamp)
+    return _filled_up(lora_a.to(delta.dtype), lora_b.to(delta.dtype), rank)
+
+
+def _clamped(lora_a: Tensor, lora_b: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    """Both cut to ± the quantile of all their entries; sorting finds it, as torch.quantile refuses large tensors."""
+    values = torch.cat([lora_b.flatten(), lora_a.flatten()]).sort().values
+    place = level * (len(values) - 1)
+    below = values[math.floor(place)]
+    high = below + (values[math.ceil(place)] - below) * (place - math.floor(place))
+    return lora_a.clamp(-high, high), lora_b.clamp(-high, high)
 
 
 def _mix_by_svd(parts: Sequence[MixPart], options: MixOptions, rank: int, transposed: bool) -> LoraTensors:
@@ -159,12 +185,25 @@ def _mix_by_svd(parts: Sequence[MixPart], options: MixOptions, rank: int, transp
 def _svd_of_product(parts: Sequence[MixPart], rank: int) -> LoraTensors:
     """The same as `svd_factors` of Σ w·s·B·A, without ever forming it: the SVD of R_B·R_Aᵀ between two QRs."""
     stacked = mix_module(parts, MixOptions(combination_type="cat"), rank)
-    q_b, r_b = torch.linalg.qr(stacked.lora_B.float())
-    q_a, r_a = torch.linalg.qr(stacked.lora_A.float().T)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+    q_b, r_b = torch.linalg.qr(_full(stacked.lora_B))
+    q_a, r_a = torch.linalg.qr(_full(stacked.lora_A).T)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     dtype = stacked.lora_A.dtype
     lora_b = (q_b @ u[:, :rank]) * s[:rank]
-    return LoraTensors((vh[:rank] @ q_a.T).to(dtype).contiguous(), lora_b.to(dtype).contiguous())
+    return _filled_up((vh[:rank] @ q_a.T).to(dtype), lora_b.to(dtype), rank)
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """LAPACK has no half precision."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _filled_up(lora_a: Tensor, lora_b: Tensor, rank: int) -> LoraTensors:
+    missing = rank - lora_a.shape[0]
+    if missing > 0:
+        lora_a = torch.cat([lora_a, lora_a.new_zeros(missing, lora_a.shape[1])])
+        lora_b = torch.cat([lora_b, lora_b.new_zeros(lora_b.shape[0], missing)], dim=1)
+    return LoraTensors(lora_a.contiguous(), lora_b.contiguous())
 
 
 def _prune(tensor: Tensor, density: float, *, by_chance: bool) -> Tensor:

@@ -62,8 +62,8 @@ class LoraParameter(AdapterModule):
         weight = self.parameter
         dtype = torch.float32 if weight.dtype in HALF else weight.dtype
         rows = r * self.num_experts
-        self.lora_A[name] = nn.Linear(self.in_features, rows, bias=False, dtype=dtype).to(weight.device)
-        self.lora_B[name] = nn.Linear(rows, self.out_features, bias=False, dtype=dtype).to(weight.device)
+        self.lora_A[name] = nn.Linear(self.in_features, rows, bias=False).to(weight.device, dtype)
+        self.lora_B[name] = nn.Linear(rows, self.out_features, bias=False).to(weight.device, dtype)
         self.r[name], self.lora_alpha[name], self.scaling[name] = r, lora_alpha, scaling
 
     @property

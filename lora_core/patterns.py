@@ -8,12 +8,15 @@ whole life, and all keys of a config together get another. `re` cannot be stoppe
 import math
 import re
 import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import regex
 
 from lora_core.errors import ConfigError
 
-__all__ = ["Allowance", "BoundedPattern"]
+__all__ = ["Allowance", "BoundedPattern", "pattern_fields"]
 
 MAX_PATTERN_CHARS = 4_000
 MAX_WRITTEN_OUT = 100_000
@@ -75,6 +78,30 @@ class BoundedPattern:
             allowance.left_s -= seconds
         if min(allowance.left_s for allowance in self._allowances) < 0:
             raise ConfigError(f"the regular expression {self._pattern[:80]!r} takes too long")
+
+
+def pattern_fields(
+    modules: Mapping[str, tuple[int, float]], default: tuple[int, float] | None = None
+) -> dict[str, Any]:
+    """The fields of a LoraConfig that give every module its (r, lora_alpha): those two and the two patterns.
+
+    Args:
+        default: the config's own r and lora_alpha; those of most modules if None.
+    """
+    r, alpha = default or Counter(modules.values()).most_common(1)[0][0]
+    keys = {name: _exact_key(name, modules) for name in modules}
+    return {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {keys[name]: own for name, (own, _) in modules.items() if own != r},
+        "alpha_pattern": {keys[name]: own for name, (_, own) in modules.items() if own != alpha},
+    }
+
+
+def _exact_key(name: str, names: Mapping[str, Any]) -> str:
+    """A key that matches this name and no other of them; the bare name, as PEFT writes it, wherever that will do."""
+    key = name if re.fullmatch(r"[\w.-]*", name) else re.escape(name)
+    return f"^{key}" if any(other.endswith(f".{name}") for other in names) else key
 
 
 def _check_form(pattern: str) -> None:

@@ -26,12 +26,16 @@ ROW_QUANTUM = 16
 
 
 class Extent(NamedTuple):
-    """Arena rows [start, start + rank) of one slot, and whether its adapter has a gain (DoRA) or a bias here."""
+    """Arena rows [start, start + rank) of one slot, and whether its adapter has a gain (DoRA) or a bias here.
+
+    `serial` tells loads apart: what was derived from these rows is not mistaken for a later owner's.
+    """
 
     start: int
     rank: int
     has_gain: bool = False
     has_bias: bool = False
+    serial: int = 0
 
     @property
     def stop(self) -> int:
@@ -97,19 +101,37 @@ class LayerSlots:
         start = self.layout.find_gap(folded.rank)
         extent = Extent(start, folded.rank, folded.gain is not None, folded.bias is not None)
         if extent.stop > self.a.shape[0]:
-            self._grow(max(extent.stop, 2 * self.a.shape[0]))
+            self._resize(max(extent.stop, 2 * self.a.shape[0]))
         self.a[extent.start : extent.stop].copy_(folded.a)
         self.b[extent.start : extent.stop].copy_(folded.b)
         self.gain = self._write_vector(self.gain, slot, folded.gain)
         self.bias = self._write_vector(self.bias, slot, folded.bias)
         return extent
 
-    def _grow(self, rows: int) -> None:
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the arenas and tables take, used or not."""
+        held = [t for t in (self.a, self.b, self.gain, self.bias) if t is not None]
+        return sum(t.numel() * t.element_size() for t in held)
+
+    def trim(self) -> None:
+        """Give back what no slot needs any more, where it is half of an arena or a whole table."""
+        extents = self.layout.extents.values()
+        end = max((extent.stop for extent in extents), default=0)
+        if 2 * end <= self.a.shape[0]:
+            self._resize(end)
+        if not any(extent.has_gain for extent in extents):
+            self.gain = None
+        if not any(extent.has_bias for extent in extents):
+            self.bias = None
+
+    def _resize(self, rows: int) -> None:
         rows = -(-rows // ROW_QUANTUM) * ROW_QUANTUM
         for name in ("a", "b"):
             old: Tensor = getattr(self, name)
             new = old.new_zeros(rows, old.shape[1])
-            new[: old.shape[0]].copy_(old)
+            num_kept = min(rows, old.shape[0])
+            new[:num_kept].copy_(old[:num_kept])
             setattr(self, name, new)
 
     def _write_vector(self, table: Tensor | None, slot: int, value: Tensor | None) -> Tensor | None:
@@ -134,12 +156,18 @@ class SlotBank:
         self._lock = threading.Lock()
         self._layouts: dict[tuple[tuple[int, Extent], ...], Layout] = {}
         self._loaded: dict[int, tuple[str, ...]] = {}
+        self._num_loads = 0
         for layer in layers.values():
             layer.layout = self._layout(layer.layout.extents)
 
     @property
     def loaded_slots(self) -> frozenset[int]:
         return frozenset(self._loaded)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that all layers' arenas and tables take, used or not."""
+        return sum(layer.num_bytes for layer in self.layers.values())
 
     def load(self, slot: int, modules: Mapping[str, Folded]) -> None:
         """Put an adapter into an empty slot.
@@ -153,7 +181,11 @@ class SlotBank:
         with self._lock:
             if slot in self._loaded or not 0 <= slot < self.max_slots:
                 raise ValueError(f"slot {slot} is taken or out of range")
-            extents = {name: self.layers[name].write(slot, folded) for name, folded in modules.items()}
+            self._num_loads += 1
+            extents = {
+                name: self.layers[name].write(slot, folded)._replace(serial=self._num_loads)
+                for name, folded in modules.items()
+            }
             for name, extent in extents.items():
                 self.layers[name].layout = self._layout(self.layers[name].layout.extents | {slot: extent})
             self._loaded[slot] = tuple(modules)
@@ -171,6 +203,7 @@ class SlotBank:
             for name in self._loaded.pop(slot):
                 extents = self.layers[name].layout.extents
                 self.layers[name].layout = self._layout({s: e for s, e in extents.items() if s != slot})
+                self.layers[name].trim()
             self._forget_unused_layouts()
 
     def check_integrity(self) -> None:

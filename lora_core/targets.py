@@ -22,6 +22,7 @@ __all__ = [
     "DEFAULT_TARGETS",
     "Parts",
     "Target",
+    "match_names",
     "match_targets",
     "output_embedding_name",
     "resolve",
@@ -130,13 +131,13 @@ def resolve_targets(config: LoraConfig, model: nn.Module) -> list[Target]:
     candidates = [name for name in modules if not any(name == w or name.startswith(f"{w}.") for w in whole)]
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
         head = output_embedding_name(model)
-        names = _excluded(config, [name for name in candidates if is_linear(base_of(modules[name])) and name != head])
+        names = _excluded(config, [name for name in candidates if is_linear(modules[name]) and name != head])
     else:
         config = with_default_targets(config, model)
         if config.target_modules is None and config.target_parameters:
             return []
-        names = _matching(config, candidates)
-        wrong = next((name for name in names if not _can_adapt(base_of(modules[name]))), None)
+        names = match_names(config, candidates)
+        wrong = next((name for name in names if not _can_adapt(modules[name])), None)
         if wrong is not None:
             raise TargetError(
                 f"Target module {type(base_of(modules[wrong])).__name__} ({wrong!r}) is not supported. Currently, "
@@ -151,7 +152,8 @@ def resolve_targets(config: LoraConfig, model: nn.Module) -> list[Target]:
 
 
 def _can_adapt(module: nn.Module) -> bool:
-    return is_linear(module) or is_conv(module) or isinstance(module, nn.Embedding)
+    base = base_of(module)
+    return is_linear(module) or is_conv(base) or isinstance(base, nn.Embedding)
 
 
 def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -253,7 +255,8 @@ def with_default_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
     return replace(config, target_modules=DEFAULT_TARGETS[model_type])
 
 
-def _matching(config: LoraConfig, names: Iterable[str]) -> list[str]:
+def match_names(config: LoraConfig, names: Iterable[str]) -> list[str]:
+    """Those of the names that `target_modules`, a list or a regular expression, chooses, less the excluded ones."""
     targets = config.target_modules
     if isinstance(targets, str):
         pattern = BoundedPattern(targets)

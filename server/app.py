@@ -17,11 +17,11 @@ from server.adapters.loader import AdapterLoader, BankSlots, FoldedAdapter
 from server.adapters.registry import AdapterRegistry
 from server.adapters.service import AdapterService
 from server.adapters.store import AdapterStore
-from server.api import admin, chat, completions, system, tgi, tokens
 from server.api.envelopes import install_error_handlers
 from server.api.middleware import BodyLimit, RequestId
 from server.api.model_names import BASE_NAME, ModelNames
 from server.api.openapi import install_openapi
+from server.api.routers import ROUTERS
 from server.delivery import Delivery
 from server.demo import demo_adapters
 from server.demo.model import ensure_demo_model
@@ -29,6 +29,7 @@ from server.engine import EngineConfig, EngineLoop, ModelRunner, load_runner
 from server.engine.selfcheck import check_against_reference
 from server.errors import InvalidRequestError, NotFoundError
 from server.generation import GenerationService
+from server.memory import free_host_bytes
 from server.metrics import Metrics
 from server.schemas.body import MAX_SEQUENCES, MAX_STOP_STRINGS
 from server.schemas.system import Info
@@ -41,6 +42,7 @@ __all__ = ["Server", "build_server", "create_app"]
 logger = logging.getLogger(__name__)
 
 DEMO = "demo"
+UNKNOWN_FREE_BYTES = 4 << 30
 UPLOAD_OVERHEAD_BYTES = 1 << 20  # multipart framing and the config beside the weights
 Report = Callable[[str], None]
 
@@ -103,8 +105,15 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
     def read(digest: str) -> FoldedAdapter:
         return loader.fold(*store.read(digest))
 
+    max_slot_bytes, max_host_bytes = _adapter_memory(settings, device)
+    report(f"adapters: {max_slot_bytes >> 20} MiB in slots, {max_host_bytes >> 20} MiB in host memory")
     registry = AdapterRegistry(
-        store, read, BankSlots(runner.bank), max_host_bytes=settings.host_memory, on_change=engine.wake
+        store,
+        read,
+        BankSlots(runner.bank),
+        max_slot_bytes=max_slot_bytes,
+        max_host_bytes=max_host_bytes,
+        on_change=engine.wake,
     )
     limits = ArchiveLimits(max_weights_bytes=settings.max_upload_bytes)
     base_names = frozenset({model_id, BASE_NAME})
@@ -140,6 +149,7 @@ def create_app(server: Server, settings: Settings) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         server.delivery.attach(asyncio.get_running_loop())
         server.engine.start()
+        server.adapters.apply_pins()
         yield
         await asyncio.to_thread(server.close)
 
@@ -155,7 +165,7 @@ def create_app(server: Server, settings: Settings) -> FastAPI:
     app.state.metrics = server.metrics
     app.state.info = server.info
     app.state.fingerprint = _fingerprint(server.info)
-    for router in (tgi.router, completions.router, chat.router, tokens.router, system.router, admin.router):
+    for router in ROUTERS:
         app.include_router(router)
     install_error_handlers(app)
     install_openapi(app)
@@ -192,6 +202,13 @@ def _device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
         raise InvalidRequestError(f"device {name!r} cannot be used: {error}", code="device_invalid") from error
     dtype = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
     return device, dtype
+
+
+def _adapter_memory(settings: Settings, device: torch.device) -> tuple[int, int]:
+    """Budgets of slots and host memory in bytes: a quarter each of what is free now, unless they are set."""
+    free_host = free_host_bytes() or UNKNOWN_FREE_BYTES
+    free_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host
+    return settings.slot_memory or free_device // 4, settings.host_memory or free_host // 4
 
 
 def _import_adapters(settings: Settings, store: AdapterStore, adapters: AdapterService, report: Report) -> None:

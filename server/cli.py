@@ -106,9 +106,12 @@ def serve(
         int | None, option("--max-model-len", "Longest sequence, prompt and output, in tokens.")
     ] = None,
     kv_memory: Annotated[int, size_option("--kv-memory", "Memory for keys and values.")] = DEFAULTS.kv_memory,
+    slot_memory: Annotated[
+        int | None, size_option("--slot-memory", "Memory for adapters in slots; a quarter of what is free by default.")
+    ] = None,
     host_memory: Annotated[
-        int, size_option("--host-memory", "Memory for folded adapters that are in no slot.")
-    ] = DEFAULTS.host_memory,
+        int | None, size_option("--host-memory", "Memory for adapters on their way to slots; ditto.")
+    ] = None,
     max_new_tokens: Annotated[
         int, option("--max-new-tokens", "Output length of requests that name none.")
     ] = DEFAULTS.max_new_tokens,

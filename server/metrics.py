@@ -5,7 +5,7 @@ counted here. Beside our own names stand the few of vLLM's that Kubernetes' infe
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -13,7 +13,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from server.adapters.registry import RegistryStats
+from server.adapters.lease import RegistryStats
+from server.adapters.tiers import TierStats
 from server.delivery import GenerationGroup
 from server.engine import EngineStats, FinishReason
 from server.errors import ServerError
@@ -125,25 +126,76 @@ class _Snapshot(Collector):
             yield family
 
     def _adapter_metrics(self, stats: RegistryStats) -> Iterator[Metric]:
-        for name, text, value in (
-            ("loramux_adapters_in_slots", "Adapters ready for use.", len(stats.slots)),
-            ("loramux_adapters_in_host_memory", "Folded adapters in host memory.", len(stats.host)),
-            ("loramux_adapter_host_bytes", "Bytes of folded adapters in host memory.", sum(stats.host.values())),
-        ):
-            yield GaugeMetricFamily(name, text, value)
-        for name, text, value in (
-            ("loramux_adapter_loads", "Adapters put into a slot.", stats.num_loads),
-            ("loramux_adapter_load_failures", "Adapters that could not be put into a slot.", stats.num_failures),
-            ("loramux_adapter_slot_hits", "Adapters that a request found in a slot.", stats.num_slot_hits),
-            ("loramux_adapter_slot_misses", "Adapters that a request had to wait for.", stats.num_slot_misses),
-        ):
-            yield CounterMetricFamily(name, text, value)
+        failures = "Adapters that could not be brought into memory."
+        yield CounterMetricFamily("loramux_adapter_load_failures", failures, stats.num_failures)
+        allocated = "Bytes that the slots really take, used or not."
+        yield GaugeMetricFamily("loramux_slot_allocated_bytes", allocated, stats.slot_allocated_bytes)
+        yield GaugeMetricFamily("loramux_adapters_pinned", "Adapters that stay in their slots.", len(stats.pinned))
+        yield from _tier_metrics({"slot": stats.slot_tier, "host": stats.host_tier})
         names = self._names()
-        resident = sorted(names[digest] for digest in stats.slots if digest in names)
+        yield from self._resident_metrics(stats, names)
+        yield from _usage_metrics(stats, names)
+
+    def _resident_metrics(self, stats: RegistryStats, names: dict[str, str]) -> Iterator[Metric]:
+        in_slots = sorted((names[digest], digest) for digest in stats.slots if digest in names)
+        in_host = sorted((names[digest], digest) for digest in stats.host if digest in names)
         family = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "Adapters that are resident; alias for inference gateways.",
             labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
-        family.add_metric([str(self._max_slots), ",".join(resident), ""], time.time())
+        family.add_metric([str(self._max_slots), ",".join(name for name, _ in in_slots), ""], time.time())
         yield family
+        loaded = GaugeMetricFamily(
+            "vllm:lora_adapter_loaded",
+            "1 for each adapter in a slot (gpu) or in host memory (cpu); alias for inference gateways.",
+            labels=["adapter_name", "level", "pinned"],
+        )
+        for level, resident in (("gpu", in_slots), ("cpu", in_host)):
+            for name, digest in resident:
+                loaded.add_metric([name, level, "true" if digest in stats.pinned else "false"], 1)
+        yield loaded
+        for name, number in (
+            ("vllm:num_gpu_loaded_lora_adapters", len(stats.slots)),
+            ("vllm:num_cpu_loaded_lora_adapters", len(stats.host)),
+        ):
+            yield GaugeMetricFamily(name, "Adapters that are resident; alias for inference gateways.", number)
+
+
+def _tier_metrics(tiers: Mapping[str, TierStats]) -> Iterator[Metric]:
+    """Figures of each tier, told apart by the label `tier`."""
+    gauges: tuple[tuple[str, str, Callable[[TierStats], float]], ...] = (
+        ("loramux_tier_adapters", "Adapters that are there.", lambda of: of.num_adapters),
+        ("loramux_tier_bytes", "Bytes of folded adapters there.", lambda of: of.num_bytes),
+        ("loramux_tier_max_bytes", "Budget of these bytes.", lambda of: of.max_bytes),
+    )
+    counters: tuple[tuple[str, str, Callable[[TierStats], float]], ...] = (
+        ("loramux_tier_hits", "Adapters that a starting request found there.", lambda of: of.num_hits),
+        ("loramux_tier_misses", "Adapters that a starting request did not find there.", lambda of: of.num_misses),
+        ("loramux_tier_loads", "Adapters brought there.", lambda of: of.num_loads),
+        ("loramux_tier_evictions", "Adapters that made room for others.", lambda of: of.num_evictions),
+        ("loramux_tier_load_seconds", "Time that bringing them there took.", lambda of: of.load_s),
+    )
+    for name, text, value in gauges:
+        gauge = GaugeMetricFamily(name, text, labels=["tier"])
+        for tier, stats in tiers.items():
+            gauge.add_metric([tier], value(stats))
+        yield gauge
+    for name, text, value in counters:
+        counter = CounterMetricFamily(name, text, labels=["tier"])
+        for tier, stats in tiers.items():
+            counter.add_metric([tier], value(stats))
+        yield counter
+
+
+def _usage_metrics(stats: RegistryStats, names: Mapping[str, str]) -> Iterator[Metric]:
+    """Requests by adapter and where they found it; only adapters that were used since the start have a series."""
+    family = CounterMetricFamily(
+        "loramux_adapter_requests", "Requests by adapter, and where they found it.", labels=["adapter", "found_in"]
+    )
+    for digest, usage in stats.usage.items():
+        if digest in names and usage.num_requests:
+            in_store = max(usage.num_requests - usage.num_slot_hits - usage.num_host_hits, 0)
+            for found_in, number in (("slot", usage.num_slot_hits), ("host", usage.num_host_hits), ("store", in_store)):
+                family.add_metric([names[digest], found_in], number)
+    yield family

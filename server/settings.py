@@ -15,6 +15,7 @@ class Settings(BaseModel):
 
     Attributes:
         model: "demo", or a local Hugging Face folder.
+        slot_memory, host_memory: None for a quarter of what is free once the model is loaded.
         model_aliases: more names for the base model, which some clients send when nobody named one.
         adapters: adapters to import at the start, folder by name; a name that the store knows already is left alone.
     """
@@ -39,7 +40,8 @@ class Settings(BaseModel):
     max_rank: int = Field(256, ge=1)
     max_model_len: int | None = Field(None, ge=2)
     kv_memory: Bytes = 1 << 30
-    host_memory: Bytes = 1 << 30
+    slot_memory: Bytes | None = None
+    host_memory: Bytes | None = None
     max_new_tokens: int = Field(256, ge=1)
 
     max_json_bytes: Bytes = 2 << 20

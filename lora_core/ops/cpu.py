@@ -22,7 +22,7 @@ from lora_core.slots import LayerSlots, Layout
 if TYPE_CHECKING:
     from lora_core.ops import AdapterSource, BasePart, Shrink
 
-__all__ = ["apply"]
+__all__ = ["apply", "apply_segments"]
 
 # A segment's calls cost about as much as this many (token, rank row) pairs in the dense form: measured at 576 to 1,536
 # features in bf16, where 8 adapters of ranks 8 to 64 break even between 256 and 1,024 tokens.
@@ -45,18 +45,19 @@ def apply(
             return y
         if isinstance(plan, _Dense):
             return _apply_dense(y, x, adapters, plan, base_bias)
-    return _apply_segments(y, x, adapters, route, base_bias, shrink, base_part)
+    return apply_segments(y, x, adapters, route, base_bias, shrink, base_part)
 
 
-def _apply_segments(
+def apply_segments(
     y: Tensor,
     x: Tensor,
     adapters: "AdapterSource",
     route: Route,
     base_bias: Tensor | None,
-    shrink: "Shrink",
-    base_part: "BasePart | None",
+    shrink: "Shrink" = F.linear,
+    base_part: "BasePart | None" = None,
 ) -> Tensor:
+    """The form for many tokens; as `apply`."""
     x_per_row, y_per_row = x.shape[0] // route.num_rows, y.shape[0] // route.num_rows
     found = {key: adapter for key in route.segments if (adapter := adapters.folded(key)) is not None}
     updates: list[tuple[slice, Tensor, Tensor | None]] = []

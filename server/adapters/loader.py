@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from lora_core import (
 )
 from lora_core.checkpoint import non_finite_tensor
 from lora_core.maths import Folded
-from server.adapters.registry import HostAdapter
+from server.adapters.tiers import HostAdapter
 from server.errors import InvalidAdapterError
 
 __all__ = ["AdapterLoader", "BankSlots", "FoldedAdapter"]
@@ -58,7 +59,7 @@ class AdapterLoader:
         """
         return self._fold(self._parse(config_json, weights))
 
-    def check(self, config_json: bytes, weights: bytes) -> dict[str, object]:
+    def check(self, config_json: bytes, weights: bytes) -> dict[str, Any]:
         """Check an upload by all that serving it takes, folding included.
 
         Returns:
@@ -82,12 +83,13 @@ class AdapterLoader:
                 raise TargetError(_disagreement(targets, set(adapter.modules)))
         except LoraError as error:
             raise InvalidAdapterError(str(error), code=error.code) from error
-        self._fold(adapter)
+        folded = self._fold(adapter)
         return {
             "type": "dora" if adapter.config.use_dora else "lora",
             "rank": rank,
             "rslora": adapter.config.use_rslora,
             "num_modules": len(adapter.modules),
+            "folded_bytes": folded.num_bytes,
             "targets": sorted({name.rpartition(".")[2] for name in adapter.modules}),
         }
 
@@ -123,6 +125,10 @@ class BankSlots:
     @property
     def max_slots(self) -> int:
         return self._bank.max_slots
+
+    @property
+    def allocated_bytes(self) -> int:
+        return self._bank.num_bytes
 
     def load(self, slot: int, adapter: HostAdapter) -> None:
         assert isinstance(adapter, FoldedAdapter)

@@ -1,22 +1,30 @@
 """AdapterService: what can be done with adapters by name."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from server.adapters.archive import ArchiveLimits, read_adapter_archive
+from server.adapters.lease import Lease, RegistryStats
 from server.adapters.loader import AdapterLoader
 from server.adapters.record import AT_ONCE, Publication
-from server.adapters.registry import AdapterRegistry, Lease
+from server.adapters.registry import AdapterRegistry
 from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterRecord, AdapterStore, History, check_name
+from server.adapters.tiers import Usage
 from server.durable import copy_stream
-from server.errors import InvalidAdapterError, InvalidRequestError, OverloadedError
+from server.errors import ConflictError, InvalidAdapterError, InvalidRequestError, OverloadedError, ServerError
 
 __all__ = ["AdapterService", "AdapterView"]
 
+logger = logging.getLogger(__name__)
+
+UNUSED = Usage()
 # Uploads that are checked at once; each holds its adapter in memory a few times over.
 MAX_UPLOADS = 2
 
@@ -29,12 +37,14 @@ class AdapterView:
         is_current: the bare name means it.
         is_pinned: the name's current generation stays in a slot.
         residency: "slot", "host" or "store".
+        usage: since the start; shared by all names that have the same contents.
     """
 
     record: AdapterRecord
     is_current: bool
     is_pinned: bool
     residency: str
+    usage: Usage
 
 
 class AdapterService:
@@ -89,18 +99,18 @@ class AdapterService:
 
     def views(self) -> list[AdapterView]:
         """The current generation of every adapter, by name, as they are now."""
-        residency = self._residency()
+        stats = self._registry.stats()
         shown = [(history, history.current_record) for history in self._store.histories()]
-        return [_view(history, record, residency) for history, record in shown if record is not None]
+        return [_view(history, record, stats) for history, record in shown if record is not None]
 
     def view(self, record: AdapterRecord) -> AdapterView:
         """A generation as it is now; it may have been deleted since."""
-        return _view(self._store.peek(record.name), record, self._residency())
+        return _view(self._store.peek(record.name), record, self._registry.stats())
 
     def generations(self, name: str) -> list[AdapterView]:
         """All kept generations of a name, newest first; NotFoundError if there are none."""
-        history, residency = self._store.history(name), self._residency()
-        return [_view(history, record, residency) for record in reversed(history.generations)]
+        history, stats = self._store.history(name), self._registry.stats()
+        return [_view(history, record, stats) for record in reversed(history.generations)]
 
     def names_by_digest(self) -> dict[str, str]:
         """Names of current generations by digest."""
@@ -140,6 +150,7 @@ class AdapterService:
         """Hide an adapter at once; its bytes go when the last request that uses them has ended."""
         gone = self._store.delete(name, expected_generation=expected_generation)
         self._forget(gone.digests)
+        self.apply_pins()
         return gone.current_record or gone.generations[-1]
 
     def delete_generation(self, name: str, generation: int) -> AdapterRecord:
@@ -150,11 +161,15 @@ class AdapterService:
 
     def promote(self, name: str, generation: int, *, expected_generation: int | None = None) -> AdapterRecord:
         """Make a kept generation the current one, for requests that begin from now on."""
-        return self._store.promote(name, generation, expected_generation=expected_generation)
+        record = self._store.promote(name, generation, expected_generation=expected_generation)
+        self.apply_pins()
+        return record
 
     def rollback(self, name: str, *, expected_generation: int | None = None) -> AdapterRecord:
         """Make the next older kept generation the current one."""
-        return self._store.rollback(name, expected_generation=expected_generation)
+        record = self._store.rollback(name, expected_generation=expected_generation)
+        self.apply_pins()
+        return record
 
     def annotate(
         self, name: str, generation: int | None, labels: Mapping[str, str] | None, note: str | None
@@ -162,14 +177,76 @@ class AdapterService:
         """Replace a generation's labels and note, those that are given."""
         return self._store.annotate(name, generation, labels, note)
 
+    @property
+    def max_slots(self) -> int:
+        return self._registry.max_slots
+
+    def tiers(self) -> RegistryStats:
+        """What is where, and how often adapters were found there."""
+        return self._registry.stats()
+
+    def warm(self, name: str) -> "Future[None]":
+        """Bring an adapter into a slot, after what requests wait for; see `AdapterRegistry.warm`."""
+        return self._registry.warm(self._store.get(name).digest)
+
+    def evict(self, name: str) -> AdapterRecord:
+        """Free an adapter's memory, once the requests that use it have ended.
+
+        Raises:
+            ConflictError: it is pinned.
+        """
+        record = self._store.get(name)
+        if record.digest in self._registry.stats().pinned:
+            raise ConflictError(f"{name!r} is pinned", code="adapter_pinned")
+        self._registry.evict(record.digest)
+        return record
+
+    def pin(self, name: str) -> AdapterRecord:
+        """Keep the name's current generation, whichever it is, in a slot; it is brought there.
+
+        Raises:
+            ConflictError: code `pin_limit`, more than half of the slots or of their bytes would be pinned.
+        """
+        record = self._store.get(name)
+        pinned = self._pinned_digests() | {record.digest}
+        num_bytes = sum(map(self._store.folded_bytes, pinned))
+        if len(pinned) > self._registry.max_slots // 2 or num_bytes > self._registry.max_slot_bytes // 2:
+            raise ConflictError("at most half of the slots and of their memory can be pinned", code="pin_limit")
+        record = self._store.set_pinned(name, True)
+        self.apply_pins()
+        return record
+
+    def unpin(self, name: str) -> AdapterRecord:
+        """Let the name's generations come and go again."""
+        record = self._store.set_pinned(name, False)
+        self.apply_pins()
+        return record
+
+    def apply_pins(self) -> None:
+        """Pin what the names that are pinned mean now, as far as half of the slots and their bytes go; warm it."""
+        old = self._registry.stats().pinned
+        new: set[str] = set()
+        num_bytes = 0
+        for digest in sorted(self._pinned_digests(), key=lambda one: one not in old):
+            num_bytes += self._store.folded_bytes(digest)
+            if len(new) < self._registry.max_slots // 2 and num_bytes <= self._registry.max_slot_bytes // 2:
+                new.add(digest)
+            else:
+                logger.warning("adapter %s stays unpinned: half of the slots' memory is pinned", digest)
+        if new != old:
+            self._registry.set_pinned(new)
+        for digest in new - set(old):
+            with suppress(ServerError):  # it is read when it is asked for, and fails then
+                self._registry.warm(digest)
+
+    def _pinned_digests(self) -> set[str]:
+        pinned = (history.current_record for history in self._store.histories() if history.is_pinned)
+        return {record.digest for record in pinned if record is not None}
+
     def _forget(self, digests: set[str]) -> None:
         for digest in digests:
             if not self._store.is_pointed_to(digest):
                 self._registry.forget(digest)
-
-    def _residency(self) -> Callable[[str], str]:
-        stats = self._registry.stats()
-        return lambda digest: "slot" if digest in stats.slots else "host" if digest in stats.host else "store"
 
     def _check_name(self, name: str) -> None:
         check_name(name)
@@ -186,12 +263,22 @@ class AdapterService:
                 details = self._loader.check((folder / CONFIG_NAME).read_bytes(), (folder / WEIGHTS_NAME).read_bytes())
             finally:
                 self._uploads.release()
+            if details["folded_bytes"] > self._registry.max_slot_bytes:
+                raise InvalidAdapterError(
+                    f"the adapter takes {details['folded_bytes']} bytes in memory, all slots together have "
+                    f"{self._registry.max_slot_bytes}",
+                    code="adapter_too_large",
+                )
             before = self._store.peek(name).digests
             record = self._store.publish(name, folder, details, publication)
         self._forget(before - self._store.peek(name).digests)  # those that the new generation pushed out
+        self.apply_pins()
         return record
 
 
-def _view(history: History, record: AdapterRecord, residency: Callable[[str], str]) -> AdapterView:
+def _view(history: History, record: AdapterRecord, stats: RegistryStats) -> AdapterView:
     is_current = history.current == record.generation
-    return AdapterView(record, is_current, is_current and history.is_pinned, residency(record.digest))
+    digest = record.digest
+    residency = "slot" if digest in stats.slots else "host" if digest in stats.host else "store"
+    usage = stats.usage.get(digest, UNUSED)
+    return AdapterView(record, is_current, is_current and history.is_pinned, residency, usage)

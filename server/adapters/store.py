@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from server.adapters.digest_index import DigestIndex
 from server.adapters.objects import CONFIG_NAME, FILE_NAMES, WEIGHTS_NAME, ObjectFolder, digest_of, remove
 from server.adapters.record import (
     AT_ONCE,
@@ -64,6 +65,7 @@ class AdapterStore:
         self._changing = threading.Lock()  # one change of a name at a time
         self._lock = threading.Lock()  # around the books below; never held while files are read or written
         self._histories: dict[str, History] = {}
+        self._index = DigestIndex()
         # What failed writes may have left in a name's file, until the next one succeeds. A crash may bring it to
         # light, so its bytes stay.
         self._doubtful: dict[str, list[History]] = {}
@@ -86,8 +88,10 @@ class AdapterStore:
             found = [_read_history(path) for path in sorted(self._names.glob("*.json"))]
             self._histories = {history.name: history for history in found if history is not None}
             self._has_damage = None in found  # a damaged record may point to any object: remove none
-            used = [digest for history in self._histories.values() for digest in history.digests]
-            self._objects.open(used, remove_others=not self._has_damage)
+            self._index = DigestIndex()
+            for history in self._histories.values():
+                self._index.add(history)
+            self._objects.open(self._index.elements(), remove_others=not self._has_damage)
 
     def close(self) -> None:
         """Let other processes have the folder. Nothing is pending: everything is on the disk already."""
@@ -281,7 +285,13 @@ class AdapterStore:
 
     def is_pointed_to(self, digest: str) -> bool:
         """Some generation of some name has these contents."""
-        return any(digest in history.digests for history in self.histories())
+        with self._lock:
+            return digest in self._index
+
+    def folded_bytes(self, digest: str) -> int:
+        """Size of an adapter's arrays in memory, as far as its check at upload tells; 0 if it is gone."""
+        with self._lock:
+            return self._index.folded_bytes(digest)
 
     def check_integrity(self) -> None:
         """Assert that names, objects and holds agree; while nothing is under way."""
@@ -343,7 +353,9 @@ class AdapterStore:
             outdated = self._doubtful.pop(name)[:-1]
             if name in self._histories:
                 outdated.append(self._histories[name])
+                self._index.remove(self._histories[name])
             self._histories[name] = history
+            self._index.add(history)
         for old in outdated:
             self._objects.unuse(old.digests)
 

@@ -18,7 +18,7 @@ from server.schemas.admin import (
     PromoteRequest,
 )
 
-__all__ = ["router"]
+__all__ = ["adapter_info", "router"]
 
 router = APIRouter(prefix="/admin", tags=["adapters"])
 
@@ -32,7 +32,7 @@ async def upload(request: Request, adapters: Adapters) -> AdapterInfo:
     """Upload a PEFT adapter as a new generation. 201 means that it is checked, complete and safe on disk."""
     async with read_upload_form(request) as form:
         record = await asyncio.to_thread(form.publish, adapters)
-    return _info(adapters, record)
+    return adapter_info(adapters, record)
 
 
 @router.get("/adapters")
@@ -44,21 +44,21 @@ async def list_adapters(adapters: Adapters) -> AdapterList:
 @router.get("/adapters/{name}")
 async def show(name: str, adapters: Adapters) -> AdapterInfo:
     """One adapter, by `name` or `name@generation`."""
-    return _info(adapters, adapters.get(name))
+    return adapter_info(adapters, adapters.get(name))
 
 
 @router.patch("/adapters/{name}")
 async def annotate(name: str, body: Annotation, adapters: Adapters) -> AdapterInfo:
     """Replace a generation's labels or note."""
     record = await asyncio.to_thread(adapters.annotate, name, body.generation, body.labels, body.note)
-    return _info(adapters, record)
+    return adapter_info(adapters, record)
 
 
 @router.delete("/adapters/{name}")
 async def delete(name: str, adapters: Adapters, expected_generation: Expected = None) -> AdapterInfo:
     """Delete an adapter with all of its generations: new requests for it get 404 at once, running ones finish."""
     record = await asyncio.to_thread(adapters.delete, name, expected_generation=expected_generation)
-    return _info(adapters, record)
+    return adapter_info(adapters, record)
 
 
 @router.get("/adapters/{name}/generations")
@@ -70,7 +70,7 @@ async def list_generations(name: str, adapters: Adapters) -> GenerationList:
 @router.delete("/adapters/{name}/generations/{generation}")
 async def delete_generation(name: str, generation: GenerationPath, adapters: Adapters) -> AdapterInfo:
     """Drop a generation that is not current."""
-    return _info(adapters, await asyncio.to_thread(adapters.delete_generation, name, generation))
+    return adapter_info(adapters, await asyncio.to_thread(adapters.delete_generation, name, generation))
 
 
 @router.post("/adapters/{name}/promote")
@@ -79,15 +79,16 @@ async def promote(name: str, body: PromoteRequest, adapters: Adapters) -> Adapte
     record = await asyncio.to_thread(
         adapters.promote, name, body.generation, expected_generation=body.expected_generation
     )
-    return _info(adapters, record)
+    return adapter_info(adapters, record)
 
 
 @router.post("/adapters/{name}/rollback")
 async def rollback(name: str, adapters: Adapters, body: ExpectedGeneration = NOTHING_EXPECTED) -> AdapterInfo:
     """Make the next older kept generation the current one."""
     record = await asyncio.to_thread(adapters.rollback, name, expected_generation=body.expected_generation)
-    return _info(adapters, record)
+    return adapter_info(adapters, record)
 
 
-def _info(adapters: AdapterService, record: AdapterRecord) -> AdapterInfo:
+def adapter_info(adapters: AdapterService, record: AdapterRecord) -> AdapterInfo:
+    """A generation as answers show it."""
     return AdapterInfo.of(adapters.view(record))

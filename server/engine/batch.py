@@ -1,6 +1,6 @@
 """A step's plan as tensors: packed tokens, cache positions, attention groups and the adapters' route."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from server.engine.blocks import NULL_BLOCK
 from server.engine.request import GenerationRequest
 from server.engine.scheduler import Chunk, Step
 
-__all__ = ["Batch", "PromptRows", "build_batch"]
+__all__ = ["Batch", "PromptRows", "RouteMemo", "build_batch"]
 
 # Padded tokens that cost about as much as one more attention call per layer.
 MAX_PADDED_TOKENS = 1_024
@@ -58,8 +58,32 @@ class Batch:
     new_blocks: list[int]
 
 
-def build_batch(step: Step, block_size: int, device: torch.device) -> Batch:
-    """Pack the chunks of a step: single tokens by length, then longer chunks, those of one adapter side by side."""
+class RouteMemo:
+    """Keeps the last routes: while a batch decodes, each step wants what the step before it wanted.
+
+    What the layers derive from a route is kept with it (`Route.cache`).
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Hashable, ...], Route] = {}
+
+    def get(self, runs: Sequence[Run]) -> Route:
+        """The route of these runs, made anew if the last two were others."""
+        key = tuple((tuple(sorted(weights.items())), num_rows) for weights, num_rows in runs)
+        route = self._kept.pop(key, None)
+        self._kept[key] = Route(runs) if route is None else route
+        if len(self._kept) > 2:
+            del self._kept[next(iter(self._kept))]
+        return self._kept[key]
+
+
+def build_batch(step: Step, block_size: int, device: torch.device, routes: RouteMemo | None = None) -> Batch:
+    """Pack the chunks of a step: single tokens by length, then longer chunks, those of one adapter side by side.
+
+    Args:
+        routes: kept from step to step; none for a single batch.
+    """
+    routes = routes or RouteMemo()
     decoding = sorted((chunk for chunk in step.chunks if chunk.num_tokens == 1), key=lambda chunk: chunk.stop)
     longer = [chunk for chunk in step.chunks if chunk.num_tokens > 1]
     chunks = decoding + sorted(longer, key=lambda chunk: hash(chunk.request.route_key))
@@ -85,16 +109,17 @@ def build_batch(step: Step, block_size: int, device: torch.device) -> Batch:
         if chunk.is_last:
             sampled_rows.append(len(last_rows))
             last_rows.append(len(input_ids) - 1)
-    route = Route(Run(chunk.request.route_weights, chunk.num_tokens) for chunk in chunks)
+    route = routes.get([Run(chunk.request.route_weights, chunk.num_tokens) for chunk in chunks])
+    sampled = [chunk.request for chunk in chunks if chunk.is_last]
     return Batch(
         input_ids=torch.tensor([input_ids], device=device),
         position_ids=torch.tensor([position_ids], device=device),
         cache_positions=torch.tensor(cache_positions, device=device),
         groups=_attention_groups(chunks, block_size, device),
         route=route,
-        head_route=route.select(last_rows),
+        head_route=route.select(last_rows) if prompt_rows else routes.get([Run(r.route_weights, 1) for r in sampled]),
         last_rows=torch.tensor(last_rows, dtype=torch.long, device=device),
-        sampled=[chunk.request for chunk in chunks if chunk.is_last],
+        sampled=sampled,
         sampled_rows=torch.tensor(sampled_rows, dtype=torch.long, device=device) if prompt_rows else None,
         prompt_rows=prompt_rows,
         new_blocks=step.new_blocks,
@@ -135,11 +160,13 @@ def _attention_group(
 ) -> AttentionGroup:
     width = -(-max(chunk.stop for chunk in chunks) // block_size)
     table = [(chunk.request.block_ids + [NULL_BLOCK] * width)[:width] for chunk in chunks]
-    lengths = [chunk.stop for chunk in chunks]
     return AttentionGroup(
         start,
         stop,
         blocks=torch.tensor(table, device=device),
-        lengths=torch.tensor(lengths, device=device),
+        lengths=[chunk.stop for chunk in chunks],
         num_queries=chunks[0].num_tokens,
+        members=tuple(chunk.request.arrival for chunk in chunks)
+        if min(c.request.arrival for c in chunks) >= 0
+        else None,
     )

@@ -25,7 +25,10 @@ class LayerShape:
 
 
 class KVCache:
-    """Key and value tensors of every layer, [num_blocks, block_size, num_kv_heads, dim].
+    """Key and value tensors of every layer, [num_kv_heads, num_blocks, block_size, dim].
+
+    Heads come first, so that the blocks of some sequences are copied straight into the form in which a batched product
+    takes them. Where keys and values are equally wide they are one tensor, written and read in one operation each.
 
     The memory is reserved at once and touched as blocks come into use. A block is zeroed before it is read by a new
     owner: attention multiplies what lies behind a sequence's end by zero, which is only zero if no NaN is left there.
@@ -42,12 +45,19 @@ class KVCache:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self._layers = list(layers)
 
         def allocate(num_heads: int, dim: int) -> Tensor:
-            return torch.zeros(num_blocks, block_size, num_heads, dim, dtype=dtype, device=device)
+            pool = torch.empty(num_heads, num_blocks, block_size, dim, dtype=dtype, device=device)
+            pool[:, NULL_BLOCK].zero_()  # every other block is zeroed when it is first used
+            return pool
 
-        self.keys = [allocate(layer.num_kv_heads, layer.key_dim) for layer in layers]
-        self.values = [allocate(layer.num_kv_heads, layer.value_dim) for layer in layers]
+        self._pools: list[tuple[Tensor, ...]] = [
+            (allocate(2 * layer.num_kv_heads, layer.key_dim),)
+            if layer.key_dim == layer.value_dim
+            else (allocate(layer.num_kv_heads, layer.key_dim), allocate(layer.num_kv_heads, layer.value_dim))
+            for layer in layers
+        ]
 
     @staticmethod
     def bytes_per_token(layers: Sequence[LayerShape], dtype: torch.dtype) -> int:
@@ -55,15 +65,16 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        return sum(t.numel() * t.element_size() for pools in self._pools for t in pools)
 
     def zero(self, blocks: Sequence[int]) -> None:
         """Forget what `blocks` held."""
         if not blocks:
             return
-        index = torch.tensor(blocks, device=self.keys[0].device)
-        for tensor in (*self.keys, *self.values):
-            tensor.index_fill_(0, index, 0.0)
+        index = torch.tensor(blocks, device=self._pools[0][0].device)
+        for pools in self._pools:
+            for pool in pools:
+                pool.index_fill_(1, index, 0.0)
 
     def write(self, layer: int, positions: Tensor, key: Tensor, value: Tensor) -> None:
         """Store new tokens.
@@ -72,24 +83,57 @@ class KVCache:
             positions: [T] token positions in the pool: block · block_size + offset.
             key, value: [T, num_kv_heads, dim].
         """
-        self.keys[layer].flatten(0, 1).index_copy_(0, positions, key)
-        self.values[layer].flatten(0, 1).index_copy_(0, positions, value)
+        parts = (torch.cat([key, value], dim=1),) if len(self._pools[layer]) == 1 else (key, value)
+        for pool, part in zip(self._pools[layer], parts, strict=True):
+            pool.flatten(1, 2).index_copy_(1, positions, part.transpose(0, 1))
 
-    def read(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values of some sequences, copied together.
+    def write_joined(self, layer: int, positions: Tensor, key_value: Tensor) -> None:
+        """The same for keys and values in one tensor, [T, 2·num_kv_heads, dim], keys first; they are equally wide."""
+        (pool,) = self._pools[layer]
+        pool.flatten(1, 2).index_copy_(1, positions, key_value.transpose(0, 1))
+
+    @property
+    def num_bytes_per_token(self) -> int:
+        return self.bytes_per_token(self._layers, self._pools[0][0].dtype)
+
+    @property
+    def is_joined(self) -> bool:
+        """Every layer keeps keys and values in one tensor."""
+        return all(len(pools) == 1 for pools in self._pools)
+
+    def shape(self, layer: int) -> LayerShape:
+        return self._layers[layer]
+
+    def index(self, layer: int, blocks: Tensor) -> Tensor:
+        """Where the heads of a layer keep the blocks of some sequences; the same for all layers of equal shape.
 
         Args:
             blocks: [N, B] block table, padded with the null block.
 
         Returns:
-            Two views [N, num_kv_heads, B·block_size, dim].
+            [P, N·num_kv_heads, B], with P = 2 where keys and values are one tensor, else 1.
         """
-        out = []
-        for pool in (self.keys[layer], self.values[layer]):
-            gathered = pool.flatten(1).index_select(0, blocks.flatten())
-            out.append(gathered.view(blocks.shape[0], -1, *pool.shape[2:]).transpose(1, 2))
-        return out[0], out[1]
+        num_kv_heads = self._layers[layer].num_kv_heads
+        heads = torch.arange(self._pools[layer][0].shape[0], device=blocks.device).view(-1, 1, num_kv_heads, 1)
+        index = heads * self.num_blocks + blocks[None, :, None, :]
+        return index.view(index.shape[0], -1, blocks.shape[1])
+
+    def read_joined(self, layer: int, index: Tensor) -> Tensor:
+        """The same in one tensor [2, N·num_kv_heads, B·block_size, dim]; for layers that keep them in one."""
+        (pool,) = self._pools[layer]
+        return pool.flatten(2).flatten(0, 1).index_select(0, index.flatten()).view(*index.shape[:2], -1, pool.shape[-1])
+
+    def read(self, layer: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of keys and values, each [N·num_kv_heads, B·block_size, dim]; `index` as `index` gives it."""
+        if len(self._pools[layer]) == 1:
+            joined = self.read_joined(layer, index)
+            return joined[0], joined[1]
+        keys, values = (
+            pool.flatten(2).flatten(0, 1).index_select(0, index.flatten()).view(index.shape[1], -1, pool.shape[-1])
+            for pool in self._pools[layer]
+        )
+        return keys, values
 
     def check_integrity(self) -> None:
         """Assert that nobody wrote into the null block."""
-        assert not any(bool(t[NULL_BLOCK].any()) for t in (*self.keys, *self.values))
+        assert not any(bool(pool[:, NULL_BLOCK].any()) for pools in self._pools for pool in pools)

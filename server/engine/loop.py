@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.engine.batch import PromptRows, build_batch
+from server.engine.batch import PromptRows, RouteMemo, build_batch
 from server.engine.blocks import BlockPool
 from server.engine.request import Event, Failed, Finished, FinishReason, GenerationRequest, Token
 from server.engine.runner import ModelRunner
@@ -87,6 +87,8 @@ class EngineLoop:
         config = runner.config
         self._pool = BlockPool(runner.cache.num_blocks, config.block_size)
         self._scheduler = Scheduler(self._pool, max_running=config.max_running, max_step_tokens=config.max_step_tokens)
+        self._routes = RouteMemo()
+        runner.copies.clear()  # another engine's, whose requests had the same numbers
         self._lock = threading.Lock()
         self._awake = threading.Event()
         self._submitted: list[GenerationRequest] = []
@@ -213,12 +215,14 @@ class EngineLoop:
                 for chunk in step.chunks:
                     if not chunk.request.is_finished:
                         self._end(chunk.request, Failed(GenerationError(f"a step failed: {type(error).__name__}")))
+        else:
+            self.runner.copies.clear()
         self._note_stats(step, num_sampled)
         return bool(step.chunks)
 
     def _compute(self, step: Step) -> int:
         """Run a step's chunks and pass on what they give; returns the number of new tokens."""
-        batch = build_batch(step, self._pool.block_size, self.runner.device)
+        batch = build_batch(step, self._pool.block_size, self.runner.device, self._routes)
         logits = self.runner.forward(batch)
         for rows in batch.prompt_rows:
             _note_prompt(rows, logits)

@@ -15,7 +15,7 @@ from server.engine.attention import ATTENTION_NAME, AttentionCall, AttentionProb
 from server.engine.kv_cache import LayerShape
 from server.errors import InvalidRequestError
 
-__all__ = ["ModelFacts", "inspect_model", "load_model"]
+__all__ = ["ModelFacts", "inspect_model", "load_model", "run_probe"]
 
 # Rotary scalings that change for every token once one sequence grows long: right only below that length.
 LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
@@ -81,15 +81,7 @@ def inspect_model(model: nn.Module) -> ModelFacts:
             f"{type(model).__name__} cannot compute the logits of chosen tokens only", code="model_unsupported"
         )
     config: Any = model.config
-    probe = AttentionProbe()
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        model(
-            input_ids=torch.zeros(1, 2, dtype=torch.long, device=device),
-            position_ids=torch.arange(2, device=device)[None],
-            use_cache=False,
-            **use_step(probe),
-        )
+    probe = run_probe(model)
     layers = probe.layer_shapes()
     text_config = config.get_text_config()
     if len(layers) != text_config.num_hidden_layers:
@@ -100,6 +92,20 @@ def inspect_model(model: nn.Module) -> ModelFacts:
         )
     max_positions = min(_max_positions(text_config), _smallest_unseen_window(text_config, probe.calls))
     return ModelFacts(layers, max_positions, text_config.vocab_size, _eos_token_ids(model))
+
+
+def run_probe(model: nn.Module) -> AttentionProbe:
+    """Run a model once on two tokens that attend to nothing."""
+    probe = AttentionProbe()
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        model(
+            input_ids=torch.zeros(1, 2, dtype=torch.long, device=device),
+            position_ids=torch.arange(2, device=device)[None],
+            use_cache=False,
+            **use_step(probe),
+        )
+    return probe
 
 
 def _set_attention(model: nn.Module) -> None:

@@ -7,13 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from lora_core import LoraLinear, Router, SlotBank, attach_slots, wrap_linears
-from server.engine.attention import PagedAttention, use_step
+from server.engine.attention import DecodeCopies, PagedAttention, use_step
 from server.engine.batch import Batch
 from server.engine.kv_cache import KVCache
 from server.engine.model import ModelFacts, inspect_model, load_model
+from server.engine.optimise import optimise
+from server.engine.reference import make_reference
 from server.errors import InvalidRequestError
 
 __all__ = ["EngineConfig", "ModelRunner", "load_runner"]
+
+
+# Memory for `DecodeCopies`, as a share of the cache's.
+COPY_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +52,9 @@ class ModelRunner:
         layers: the wrapped linear layers by name; `lora_core.fold_adapter` folds for them.
         bank: their slots.
         max_model_len: longest sequence in tokens that fits model and cache.
+        reference: what transformers' own code gave before the model was changed.
+        copies: of the cache, for sequences that decode.
+        optimised: what could be made faster.
 
     Raises:
         InvalidRequestError: the architecture is not supported, or the cache has no room for one block.
@@ -57,17 +66,20 @@ class ModelRunner:
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.facts: ModelFacts = inspect_model(model)
-        self.router = Router()
-        self.layers: dict[str, LoraLinear] = wrap_linears(model, self.router)
-        self.bank: SlotBank = attach_slots(self.layers, config.max_slots, dtype=self.dtype)
         self.cache = self._make_cache()
         longest = min(self.facts.max_positions, (self.cache.num_blocks - 1) * config.block_size)
         self.max_model_len = min(longest, config.max_model_len or longest)
+        self.copies = DecodeCopies(int(config.kv_bytes * COPY_SHARE))
+        self.reference = make_reference(model, self.facts.vocab_size, self.max_model_len)
+        self.router = Router()
+        self.layers: dict[str, LoraLinear] = wrap_linears(model, self.router)
+        self.bank: SlotBank = attach_slots(self.layers, config.max_slots, dtype=self.dtype)
+        self.optimised = optimise(model, self.layers)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [N, V] of the batch's last rows; the cache then holds the batch's tokens."""
         self.cache.zero(batch.new_blocks)
-        attention = PagedAttention(self.cache, batch.cache_positions, batch.groups)
+        attention = PagedAttention(self.cache, batch.cache_positions, batch.groups, self.copies)
         with torch.inference_mode(), self.router.use(batch.route, batch.head_route):
             output = self.model(
                 input_ids=batch.input_ids,

@@ -4,12 +4,9 @@ An architecture can use a feature that no list foresaw. Whatever it is, it shows
 chunks as in serving, must give the logits of a plain forward pass with transformers' reference attention.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from server.engine.attention import ATTENTION_NAME
 from server.engine.batch import build_batch
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.runner import ModelRunner
@@ -18,7 +15,6 @@ from server.errors import InvalidRequestError
 
 __all__ = ["MAX_RELATIVE_ERROR", "check_against_reference"]
 
-PROMPT_LENGTHS = (23, 9)
 CUTS = ((0, 10), (10, 22), (22, 23))  # of the longer prompt; the last one is a decode step
 MAX_RELATIVE_ERROR = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
@@ -29,12 +25,9 @@ def check_against_reference(runner: ModelRunner) -> float:
     Raises:
         InvalidRequestError: code `model_unsupported`, the error is above `MAX_RELATIVE_ERROR`.
     """
-    lengths = [min(length, runner.max_model_len) for length in PROMPT_LENGTHS]
-    generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(runner.facts.vocab_size, (n,), generator=generator).tolist() for n in lengths]
-    engine = _engine_logits(runner, prompts)
-    reference = torch.stack([_reference_logits(runner, prompt) for prompt in prompts])
-    error = float((engine - reference).norm() / reference.norm())
+    reference = runner.reference
+    engine = _engine_logits(runner, reference.prompts)
+    error = float((engine - reference.logits).norm() / reference.logits.norm())
     if not error <= MAX_RELATIVE_ERROR.get(runner.dtype, 5e-2):
         raise InvalidRequestError(
             f"{type(runner.model).__name__} needs something that the engine does not do: its logits differ from "
@@ -71,15 +64,3 @@ def _engine_logits(runner: ModelRunner, prompts: list[list[int]]) -> Tensor:
         longer.num_computed = stop
     runner.cache.zero(blocks)
     return torch.stack([out[longer.request_id], out[shorter.request_id]])
-
-
-def _reference_logits(runner: ModelRunner, prompt: list[int]) -> Tensor:
-    """[V], by transformers' eager attention."""
-    model: Any = runner.model
-    model.set_attn_implementation("eager")
-    try:
-        with torch.inference_mode():
-            ids = torch.tensor([prompt], device=runner.device)
-            return model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
-    finally:
-        model.set_attn_implementation(ATTENTION_NAME)

@@ -36,6 +36,9 @@ def test_info_has_the_limits(client: httpx.Client) -> None:
     assert info["model_dtype"] == "float32"
 
 
+FOUND_IN = ("slot", "host", "store")
+
+
 def test_metrics_count_what_happened(client: httpx.Client) -> None:
     before = _metrics(client)
     body = {"inputs": "Hello", "parameters": {"max_new_tokens": 5, "ignore_eos_token": True, "adapter_id": "rank4"}}
@@ -50,7 +53,14 @@ def test_metrics_count_what_happened(client: httpx.Client) -> None:
     assert grown("loramux_generated_tokens_total") == 5
     assert grown("loramux_requests_total", outcome="length") == 1
     assert grown("loramux_time_to_first_token_seconds_count") == 1
-    assert grown("loramux_adapter_slot_hits_total") + grown("loramux_adapter_slot_misses_total") == 1
+    assert grown("loramux_tier_hits_total", tier="slot") + grown("loramux_tier_misses_total", tier="slot") == 1
+    assert sum(grown("loramux_adapter_requests_total", adapter="rank4", found_in=w) for w in FOUND_IN) == 1
+    loaded = ("vllm:lora_adapter_loaded", (("adapter_name", "rank4"), ("level", "gpu"), ("pinned", "false")))
+    assert after[loaded] == 1
+    assert after["vllm:num_gpu_loaded_lora_adapters", ()] >= 1
+    used = after["loramux_tier_bytes", (("tier", "slot"),)]
+    assert 0 < used <= after["loramux_slot_allocated_bytes", ()]
+    assert used <= after["loramux_tier_max_bytes", (("tier", "slot"),)]
     resident = [dict(labels) for name, labels in after if name == "vllm:lora_requests_info"]
     assert len(resident) == 1
     assert "rank4" in resident[0]["running_lora_adapters"].split(",")

@@ -7,7 +7,7 @@ import pytest
 from fastapi import FastAPI
 from typer.main import get_command
 
-from server.api import admin, chat, completions, system, tgi, tokens
+from server.api.routers import ROUTERS
 from server.cli import app as cli
 from server.settings import Settings
 from tests.architecture.source_tree import ROOT, sources
@@ -50,7 +50,7 @@ def test_every_flag_can_come_from_the_environment() -> None:
 
 def test_every_route_is_in_the_readme() -> None:
     app = FastAPI()
-    for router in (admin.router, system.router, tgi.router, completions.router, chat.router, tokens.router):
+    for router in ROUTERS:
         app.include_router(router)
     for path, methods in app.openapi()["paths"].items():
         shown = re.sub(r"\{model_id\}", "{id}", path)

@@ -10,7 +10,7 @@ import peft
 import torch
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, T5Config
-from transformers import T5ForConditionalGeneration as T5
+from transformers import T5ForConditionalGeneration as Seq2Seq
 
 from lora_core import LoraConfig, LoraModel
 from tests.tiny_models import VOCABULARY, tiny_model
@@ -81,7 +81,7 @@ def make_model(name: str, seed: int) -> nn.Module:
         "qwen3_moe": lambda: Qwen3MoeForCausalLM(
             Qwen3MoeConfig(**MOE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12)
         ),
-        "t5": lambda: T5(
+        "t5": lambda: Seq2Seq(
             T5Config(
                 vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, initializer_factor=1.5
             )

@@ -22,10 +22,6 @@ def tree(name: str) -> ast.Module:
     return ast.parse(Path(source).read_text(encoding="utf-8"))
 
 
-# Packages that one module alone may know, and imports when it meets them.
-OPTIONAL = {"lora_core.quant": {"bitsandbytes"}}
-
-
 def imports(node: ast.AST) -> Iterator[str]:
     for child in ast.walk(node):
         if isinstance(child, ast.Import):
@@ -48,8 +44,8 @@ def defined(module: ast.Module) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_only_four_packages_are_imported(name: str) -> None:
-    foreign = {imported.partition(".")[0] for imported in imports(tree(name))} - ALLOWED
-    assert foreign <= OPTIONAL.get(name, set())
+    allowed = ALLOWED | ({"bitsandbytes"} if name == "lora_core.quant" else set())
+    assert not {imported for imported in imports(tree(name)) if imported.partition(".")[0] not in allowed}
 
 
 @pytest.mark.parametrize("name", MODULES)

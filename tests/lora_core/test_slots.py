@@ -129,6 +129,19 @@ def test_memory_is_taken_as_adapters_come() -> None:
     assert bank.layers["up"].a.numel() == 0
 
 
+def test_memory_goes_with_the_adapters() -> None:
+    bank = new_bank()
+    bank.load(0, adapter({"q": 3}))
+    small = bank.num_bytes
+    bank.load(1, adapter({"q": 64, "up": 64}, (True, True)))
+    assert bank.num_bytes > 8 * small
+    bank.free(1)
+    assert bank.num_bytes == small
+    assert_holds(bank, {0: {"q": bank.layers["q"].folded(0)}})
+    bank.free(0)
+    assert bank.num_bytes == 0
+
+
 def test_a_slot_without_vectors_does_not_see_those_of_the_last_adapter() -> None:
     bank = new_bank()
     bank.load(0, adapter({"q": 2}, (True, True)))

@@ -1,8 +1,10 @@
 """Attention over packed sequences, behind transformers' attention interface. The import surface of the package."""
 
+from server.engine.attention.copies import DecodeCopies
 from server.engine.attention.interface import ATTENTION_NAME, AttentionCall, AttentionStep, register, use_step
 from server.engine.attention.paged import AttentionGroup, PagedAttention
 from server.engine.attention.probe import AttentionProbe
+from server.engine.attention.rotary import RotaryAttention, replace_attention
 
 __all__ = [
     "ATTENTION_NAME",
@@ -10,7 +12,10 @@ __all__ = [
     "AttentionGroup",
     "AttentionProbe",
     "AttentionStep",
+    "DecodeCopies",
     "PagedAttention",
+    "RotaryAttention",
     "register",
+    "replace_attention",
     "use_step",
 ]

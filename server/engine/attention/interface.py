@@ -8,12 +8,21 @@ masks: packed sequences of many requests are kept apart here, not by a mask of a
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from server.errors import InvalidRequestError
 
-__all__ = ["ATTENTION_NAME", "AttentionCall", "AttentionStep", "register", "use_step"]
+__all__ = [
+    "ATTENTION_NAME",
+    "STEP_ARGUMENT",
+    "AttentionCall",
+    "AttentionStep",
+    "register",
+    "signed_rotation",
+    "use_step",
+]
 
 ATTENTION_NAME = "loramux"
 STEP_ARGUMENT = "loramux_step"
@@ -61,6 +70,12 @@ class AttentionStep(Protocol):
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [T, H, D], key [T, Hkv, D], value [T, Hkv, Dv] of the new tokens -> [T, H, Dv]."""
 
+    def attend_joined(self, call: AttentionCall, heads: Tensor, num_kv_heads: int) -> Tensor:
+        """The same for queries, keys and values in one tensor, [T, H + 2·Hkv, D], in this order."""
+
+    def rotation(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """`signed_rotation`, once a step for all layers that share the embeddings."""
+
 
 def register() -> None:
     """Make the attention function known to transformers; calling it again changes nothing."""
@@ -70,6 +85,13 @@ def register() -> None:
 def use_step(step: AttentionStep) -> dict[str, Any]:
     """The keyword arguments for `model(...)` that run it under `step`."""
     return {STEP_ARGUMENT: step}
+
+
+def signed_rotation(embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """cos, sin [1, T, D] -> [T, 1, D] each, the first half of sin negated: x·cos + roll(x, D/2)·sin then rotates x."""
+    cos, sin = (part[0].unsqueeze(1) for part in embeddings)
+    half = sin.shape[-1] // 2
+    return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
 
 
 def _attention(

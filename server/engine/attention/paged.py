@@ -1,52 +1,73 @@
-"""Attention of packed tokens over a block-wise cache, in PyTorch's scaled dot-product attention.
+"""Attention of packed tokens over a block-wise cache.
 
 The tokens of a step are split into groups that one call can handle: all sequences that decode one token and are about
 equally long share a call, with their cache blocks gathered into one padded tensor; a longer chunk has a call of its
 own. Groups, block tables and masks are made once a step and serve every layer.
+
+The G query heads that share a key head are G more queries of it. One query token each is too few rows for PyTorch's
+fused attention, which takes 2.5 times as long as the two batched products it stands for; a chunk has enough.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from server.engine.attention.interface import AttentionCall
-from server.engine.kv_cache import KVCache
+from server.engine.attention.copies import DecodeCopies, DecodeCopy
+from server.engine.attention.interface import AttentionCall, signed_rotation
+from server.engine.kv_cache import KVCache, LayerShape
 
 __all__ = ["AttentionGroup", "PagedAttention"]
 
 
 @dataclass(slots=True)
 class AttentionGroup:
-    """Tokens [start, stop) of the step: N sequences with Q new tokens each.
+    """Tokens [start, stop) of the step: N sequences with one new token each, or one sequence with Q of them.
 
     Attributes:
         blocks: [N, B] their block tables, padded with the null block.
-        lengths: [N] tokens of each sequence, the new ones included.
+        lengths: tokens of each sequence, the new ones included.
         num_queries: Q.
+        members: a number per sequence that is its own for as long as it lives; None if nobody asks for it again.
     """
 
     start: int
     stop: int
     blocks: Tensor
-    lengths: Tensor
+    lengths: Sequence[int]
     num_queries: int
+    members: tuple[int, ...] | None = None
     _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
+    _indices: dict[LayerShape, Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None, num_keys: int, heads_per_key: int, dtype: torch.dtype) -> Tensor:
-        """[N, 1, G·Q, num_keys], 0 where the query may see the key and -inf elsewhere; kept for the other layers."""
-        if (window, heads_per_key) not in self._masks:
-            device = self.lengths.device
+    def mask(self, window: int | None, num_keys: int, num_kv_heads: int, group_size: int, dtype: torch.dtype) -> Tensor:
+        """0 where a query may see the key and -inf elsewhere; kept for the other layers.
+
+        Returns:
+            [N·Hkv, 1, num_keys] for single tokens, else [1, G·Q, num_keys] for all heads of the one sequence.
+        """
+        key = (window, num_kv_heads)
+        if key not in self._masks:
+            device = self.blocks.device
             keys = torch.arange(num_keys, device=device)
-            new = torch.arange(self.num_queries, device=device)
-            queries = self.lengths[:, None] - self.num_queries + new  # [N, Q], position of each query
+            lengths = torch.tensor(self.lengths, device=device)
+            queries = lengths[:, None] - self.num_queries + torch.arange(self.num_queries, device=device)
             hidden = keys > queries[..., None]
             if window is not None:
                 hidden |= keys <= queries[..., None] - window
             mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
-            self._masks[window, heads_per_key] = mask.repeat(1, heads_per_key, 1).unsqueeze(1)
-        return self._masks[window, heads_per_key]
+            is_single = self.num_queries == 1
+            self._masks[key] = mask.repeat_interleave(num_kv_heads, 0) if is_single else mask.repeat(1, group_size, 1)
+        return self._masks[key]
+
+    def index(self, cache: KVCache, layer: int) -> Tensor:
+        """Where the group's keys and values are; kept for the layers of equal shape."""
+        shape = cache.shape(layer)
+        if shape not in self._indices:
+            self._indices[shape] = cache.index(layer, self.blocks)
+        return self._indices[shape]
 
 
 class PagedAttention:
@@ -55,51 +76,96 @@ class PagedAttention:
     Args:
         positions: [T] where the new tokens' keys and values go in the pool.
         groups: together they cover tokens [0, T).
+        copies: kept from step to step, for the groups that have members.
     """
 
-    def __init__(self, cache: KVCache, positions: Tensor, groups: list[AttentionGroup]) -> None:
+    def __init__(
+        self, cache: KVCache, positions: Tensor, groups: list[AttentionGroup], copies: DecodeCopies | None = None
+    ) -> None:
         self._cache = cache
         self._positions = positions
         self._groups = groups
+        self._copies: list[DecodeCopy | None] = [None] * len(groups)
+        if copies is not None:
+            lasting = [(i, g.members) for i, g in enumerate(groups) if g.members is not None and g.num_queries == 1]
+            made = copies.begin_step(cache, [(members, groups[i].lengths, groups[i].blocks) for i, members in lasting])
+            for (i, _), copy in zip(lasting, made, strict=True):
+                self._copies[i] = copy
+        self._rotations: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+
+    def rotation(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        for sin, rotation in self._rotations:
+            if sin is embeddings[1]:
+                return rotation
+        self._rotations.append((embeddings[1], signed_rotation(embeddings)))
+        return self._rotations[-1][1]
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self._cache.is_joined:
+            return self.attend_joined(call, torch.cat([query, key, value], dim=1), key.shape[1])
         self._cache.write(call.layer, self._positions, key, value)
-        outputs = [self._attend_group(call, group, query[group.start : group.stop]) for group in self._groups]
+        return self._join([self._attend_group(call, g, query[g.start : g.stop]) for g in self._groups])
+
+    def attend_joined(self, call: AttentionCall, heads: Tensor, num_kv_heads: int) -> Tensor:
+        num_query_heads = heads.shape[1] - 2 * num_kv_heads
+        query, key_value = heads[:, :num_query_heads], heads[:, num_query_heads:]
+        self._cache.write_joined(call.layer, self._positions, key_value)
+        outputs = []
+        for group, copy in zip(self._groups, self._copies, strict=True):
+            rows = slice(group.start, group.stop)
+            found = None if copy is None else copy.update(call.layer, key_value[rows])
+            outputs.append(self._attend_group(call, group, query[rows], found))
+        return self._join(outputs)
+
+    @staticmethod
+    def _join(outputs: list[Tensor]) -> Tensor:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _attend_group(self, call: AttentionCall, group: AttentionGroup, query: Tensor) -> Tensor:
-        """query [N·Q, H, D] -> [N·Q, H, Dv]."""
-        keys, values = self._cache.read(call.layer, group.blocks)
-        num_sequences, num_kv_heads = keys.shape[:2]
-        mask = group.mask(call.window, keys.shape[2], query.shape[1] // num_kv_heads, query.dtype)
-        # [N, Q, Hkv, G, D] -> [N, Hkv, G·Q, D]: the G query heads of a key head become more queries of it.
-        split = query.view(num_sequences, group.num_queries, num_kv_heads, -1, query.shape[-1])
-        folded = split.permute(0, 2, 3, 1, 4).reshape(num_sequences, num_kv_heads, -1, query.shape[-1])
+    def _attend_group(
+        self, call: AttentionCall, group: AttentionGroup, query: Tensor, found: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """query [N·Q, H, D], keys and values if they are known -> [N·Q, H, Dv]."""
+        keys, values = found or self._cache.read(call.layer, group.index(self._cache, call.layer))
+        num_kv_heads = self._cache.shape(call.layer).num_kv_heads
+        num_queries, dim = group.num_queries, query.shape[-1]
+        group_size = query.shape[1] // num_kv_heads
+        mask = group.mask(call.window, keys.shape[1], num_kv_heads, group_size, query.dtype)
+        if num_queries == 1:
+            folded = query.reshape(keys.shape[0], -1, dim)  # [N·Hkv, G, D]
+            out = _attend_directly(call, folded, keys, values, mask, num_kv_heads)
+            return out.view(query.shape[0], query.shape[1], -1)
+        split = query.reshape(num_queries, num_kv_heads, group_size, dim)
+        folded = split.permute(1, 2, 0, 3).reshape(num_kv_heads, -1, dim)  # [Hkv, G·Q, D]
         if call.softcap is None and call.sinks is None:
-            out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=call.scaling)
+            batch = [tensor.unsqueeze(0) for tensor in (folded, keys, values, mask)]
+            out = F.scaled_dot_product_attention(batch[0], batch[1], batch[2], attn_mask=batch[3], scale=call.scaling)
         else:
-            sinks = None if call.sinks is None else call.sinks.view(num_kv_heads, -1, 1)
-            out = _attend_plainly(call, folded, keys, values, mask, sinks, group.num_queries)
-        out = out.view(num_sequences, num_kv_heads, -1, group.num_queries, out.shape[-1])
-        return out.permute(0, 3, 1, 2, 4).reshape(query.shape[0], query.shape[1], -1)
+            out = _attend_directly(call, folded, keys, values, mask, num_kv_heads)
+        out = out.view(num_kv_heads, group_size, num_queries, -1)
+        return out.permute(2, 0, 1, 3).reshape(num_queries, query.shape[1], -1)
 
 
-def _attend_plainly(
-    call: AttentionCall,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    sinks: Tensor | None,
-    num_queries: int,
+def _attend_directly(
+    call: AttentionCall, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, num_kv_heads: int
 ) -> Tensor:
-    """The formula itself, for what the fused operator does not know; sinks [Hkv, G, 1]."""
-    scores = (query @ keys.transpose(2, 3)) * call.scaling
+    """softmax(query·keysᵀ·scaling + mask)·values, in batched products.
+
+    Args:
+        query: [N·Hkv, G·Q, D], the queries of one head side by side.
+        keys, values: [N·Hkv, L, D or Dv].
+        mask: [N·Hkv, 1, L] or [1, G·Q, L].
+    """
+    if call.softcap is None and call.sinks is None:
+        scores = torch.baddbmm(mask, query, keys.transpose(1, 2), alpha=call.scaling)
+        return torch.bmm(scores.softmax(dim=-1), values)
+    scores = torch.bmm(query, keys.transpose(1, 2)) * call.scaling
     if call.softcap is not None:
         scores = torch.tanh(scores / call.softcap) * call.softcap
     scores = (scores + mask).float()
-    if sinks is not None:
-        column = sinks.repeat_interleave(num_queries, dim=1).expand(scores.shape[0], -1, -1, -1)
+    if call.sinks is not None:
+        per_head = call.sinks.view(num_kv_heads, -1)  # [Hkv, G]
+        per_row = per_head.repeat_interleave(query.shape[1] // per_head.shape[1], dim=1)
+        column = per_row.repeat(query.shape[0] // num_kv_heads, 1).unsqueeze(-1)
         scores = torch.cat([scores, column.float()], dim=-1)
-    weights = scores.softmax(dim=-1)[..., : keys.shape[2]]
-    return weights.to(values.dtype) @ values
+    weights = scores.softmax(dim=-1)[..., : keys.shape[1]]
+    return torch.bmm(weights.to(values.dtype), values)

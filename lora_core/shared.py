@@ -1,0 +1,159 @@
+"""Linear layers that read the same input, computed as one.
+
+A transformer's query, key and value projections read one tensor, and so do the gate and up projections of its MLP.
+Unmodified model code calls them one after the other; here the first call computes all of them in one product of the
+concatenated weights, adapters included, and the others find their part ready. Which layers belong together is not
+guessed from names but seen in a trial run (`find_shared_inputs`), and checked at every call: another input tensor is
+another computation.
+
+    x ──► [ W_q ; W_k ; W_v ] ──► q | k | v          one product instead of three
+    x ──► [ A_q ; A_k ; A_v ] ──► h_q | h_k | h_v    and one for all adapters in use (`lora_core.ops.packed`)
+
+For inference only; a layer's own weight is then held inside the group, and read back on demand.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.layer import LoraLinear, linear_shape, linear_weight
+from lora_core.ops.packed import AdapterPacker, GroupAdapters
+from lora_core.packing import PackedWeight
+
+__all__ = ["PackedLinear", "SharedLinears", "find_shared_inputs", "share_inputs"]
+
+
+class SharedLinears:
+    """Some layers with one input, in the order in which the model calls them.
+
+    Args:
+        members: their slots are attached already; each base layer is replaced by a `PackedLinear`.
+        packer: one for the whole model.
+
+    Attributes:
+        sizes: output features of each member; their sum is ΣO.
+    """
+
+    def __init__(self, members: Sequence[LoraLinear], packer: AdapterPacker) -> None:
+        self.members = list(members)
+        self.sizes = [member.out_features for member in members]
+        self.router = members[0].router
+        self.is_head = members[0].is_head
+        self.adapters = GroupAdapters([member.slots for member in members if member.slots is not None], packer)
+        base_layers = [member.base_layer for member in members]
+        weights = [linear_weight(layer).detach() for layer in base_layers]
+        self._packed = PackedWeight(weights[0] if len(weights) == 1 else torch.cat(weights))
+        biases = [member.bias.detach() for member in members if member.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
+        self._x: Tensor | None = None
+        self._parts: list[Tensor | None] = []
+        for index, member in enumerate(self.members):
+            member.base_layer = PackedLinear(self, index, base_layers[index])
+            member.shared = self
+
+    def output(self, member: LoraLinear, x: Tensor) -> Tensor:
+        """One member's output [..., O], adapters included; the others' are kept until they ask for them."""
+        if len(self.members) == 1:
+            return self(x)
+        index = self.members.index(member)
+        if x is not self._x or self._parts[index] is None:
+            self._x, self._parts = x, list(self(x).split(self.sizes, -1))
+        part = self._parts[index]
+        assert part is not None
+        self._parts[index] = None  # whoever takes it may overwrite it
+        if index == len(self.members) - 1:
+            self._x = None
+        return part
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """All members' outputs side by side: x [..., I] -> [..., ΣO], new."""
+        y = self._packed(x, self.bias)
+        route = self.router.head_route if self.is_head else self.router.route
+        if route is not None and not route.is_base:
+            self.adapters.apply(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), route, self.bias)
+        return y
+
+    def base(self, x: Tensor, index: int) -> Tensor:
+        """One member's output without adapters."""
+        start = sum(self.sizes[:index])
+        return self._packed(x, self.bias)[..., start : start + self.sizes[index]]
+
+    def weight(self, index: int) -> Tensor:
+        """One member's weight [O, I], bit for bit."""
+        start = sum(self.sizes[:index])
+        return self._packed.unpack()[start : start + self.sizes[index]]
+
+
+class PackedLinear(nn.Module):
+    """In the place of a base layer whose weight is held by a group."""
+
+    def __init__(self, group: SharedLinears, index: int, layer: nn.Module) -> None:
+        super().__init__()
+        self._group = [group]  # in a list: not a submodule, and no cycle for `named_modules`
+        self._index = index
+        self.out_features, self.in_features = linear_shape(layer)
+        self.bias = getattr(layer, "bias", None)
+
+    @property
+    def weight(self) -> Tensor:
+        """[O, I], read back from the packed form: a copy, so keep it no longer than needed."""
+        return self._group[0].weight(self._index)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._group[0].base(x, self._index)
+
+
+def find_shared_inputs(layers: Mapping[str, LoraLinear], trial: Callable[[], object]) -> list[list[str]]:
+    """Names of layers that were given the same tensor one after the other in a run of the model, in call order.
+
+    Layers that a run does not call, or calls more than once, are left out.
+
+    Args:
+        trial: runs the model once.
+    """
+    calls: list[tuple[str, Tensor]] = []
+
+    def note(name: str) -> Callable[[nn.Module, Any], None]:
+        return lambda _, args: calls.append((name, args[0]))
+
+    hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+    try:
+        trial()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    called = [name for name, _ in calls]
+    groups: list[list[str]] = []
+    previous: Tensor | None = None
+    for name, x in calls:
+        if called.count(name) > 1:
+            previous = None
+            continue
+        if x is not previous:
+            groups.append([])
+        groups[-1].append(name)
+        previous = x
+    return groups
+
+
+def share_inputs(
+    layers: Mapping[str, LoraLinear], groups: Sequence[Sequence[str]], packer: AdapterPacker
+) -> list[SharedLinears]:
+    """Compute each group of layers as one, in place; layers of unknown kinds stay as they are."""
+    out: list[SharedLinears] = []
+    for names in groups:
+        members = [layers[name] for name in names]
+        if not all(_can_share(member) for member in members):
+            continue
+        kinds = {(member.bias is None, member.weight.dtype) for member in members}
+        parts = [members] if len(kinds) == 1 else [[member] for member in members]
+        out += [SharedLinears(part, packer) for part in parts]
+    return out
+
+
+def _can_share(layer: LoraLinear) -> bool:
+    """Only the plain kinds: a subclass of nn.Linear, a quantized one for example, computes in its own way."""
+    is_plain = type(layer.base_layer) is nn.Linear or type(layer.base_layer).__name__ == "Conv1D"
+    return is_plain and layer.weight.is_floating_point() and layer.slots is not None

@@ -1,0 +1,43 @@
+"""What is done to a loaded model to make it fast: layers that share an input become one, attention blocks get shorter.
+
+The model's code stays as it is. Modules are replaced after loading, each only where it is seen to do the same; a model
+of another kind runs with whatever fits it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora_core import LoraLinear
+from lora_core.ops.packed import AdapterPacker
+from lora_core.shared import find_shared_inputs, share_inputs
+from server.engine.attention import replace_attention
+from server.engine.model import run_probe
+
+__all__ = ["Optimised", "optimise"]
+
+
+@dataclass(frozen=True, slots=True)
+class Optimised:
+    """What was found to optimise: numbers of layer groups, of layers in them, and of attention blocks."""
+
+    num_groups: int
+    num_grouped_layers: int
+    num_attention_blocks: int
+
+
+def optimise(model: nn.Module, layers: Mapping[str, LoraLinear]) -> Optimised:
+    """Change the model in place; its layers have their slots already."""
+    names = find_shared_inputs(layers, lambda: run_probe(model))
+    groups = share_inputs(layers, names, AdapterPacker())
+    num_blocks = replace_attention(model, lambda: run_probe(model), groups)
+    _leave_the_file(model)
+    return Optimised(len(groups), sum(len(group.members) for group in groups), num_blocks)
+
+
+def _leave_the_file(model: nn.Module) -> None:
+    """Copy the weights that are left out of the mapped file, so that it goes with those that were packed."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()

@@ -1,0 +1,137 @@
+"""Measure loramux and its peers on the same work, one after the other, in one run.
+
+    python -m tests.bench [--peers loramux,peft,...] [--workloads W1,W3,...] [--rounds 2] [--into NAME] [--report]
+
+Each (peer, workload) pair is one cell of tests/bench/results/NAME.json; a cell that is measured again is replaced, so a
+run can be made in parts. The report compares cells and says which of them are from the same run.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tests.bench import report
+from tests.bench.client import run_jobs, summary
+from tests.bench.machine import QUIET, CpuAccount, memory_bytes, start_quietly
+from tests.bench.material import Material
+from tests.bench.peers import IN_PROCESS, SERVERS, jobs_for, run_in_process, serve
+from tests.bench.workloads import WORKLOADS, Workload
+
+RESULTS = Path(__file__).with_name("results")
+# Share of the machine that others may use before a figure is marked.
+MAX_OTHER_SHARE = 0.15
+LOAD_OF_OPEN = 0.7
+SHARED_PROMPT = 512
+
+
+def prompts(material: Material, workload: Workload, name: str, offset: int) -> list[tuple[list[int], str]]:
+    """One per request; the prompts of W9 share their first tokens."""
+    shared = material.prompt(SHARED_PROMPT, 1)[0] if name == "W9" else None
+    return [
+        material.prompt(request.num_prompt, 10_000 * offset + i, shared)
+        for i, request in enumerate(workload.requests(), 1)
+    ]
+
+
+def measure_server(peer: str, name: str, material: Material, rounds: int) -> dict[str, Any]:
+    workload = WORKLOADS[name]
+    runs, other = [], []
+    with serve(peer, material, workload) as (url, process, start_s):
+        # Every adapter is used once before anything is measured, for as many tokens as it takes to settle.
+        requests = workload.requests()
+        seen = {tuple(request.adapters): request for request in requests}
+        warm = [replace(request, num_new=8, num_prompt=32) for request in seen.values()]
+        made = [material.prompt(32, 900_000 + i) for i in range(len(warm))]
+        asyncio.run(run_jobs(url, jobs_for(peer, warm, made, workload), workload.num_streams))
+        for i in range(rounds):
+            jobs = jobs_for(peer, requests, prompts(material, workload, name, i + 1), workload)
+            account = CpuAccount()
+            seconds, results = asyncio.run(run_jobs(url, jobs, workload.num_streams))
+            if workload.is_open:
+                runs.append({"closed": summary(seconds, results)})
+                rate = LOAD_OF_OPEN * len(jobs) / seconds
+                seconds, results = asyncio.run(run_jobs(url, report.poisson(jobs, rate), 10 * len(jobs)))
+            runs.append((runs.pop() if workload.is_open else {}) | summary(seconds, results))
+            other.append(account.other_share())
+            if failed := [result.error for result in results if result.error]:
+                print(f"  {len(failed)} of {len(results)} failed: {failed[0]}")
+        memory = memory_bytes(process.pid)
+    return {"runs": runs, "other_cpu_share": other, "memory_bytes": memory, "start_s": start_s}
+
+
+def measure_in_process(peer: str, name: str, material: Material, rounds: int) -> dict[str, Any]:
+    workload = WORKLOADS[name]
+    job = {
+        "model": str(material.model),
+        "adapters": {n: str(p) for n, p in material.adapters(workload.names() or ["a0"]).items()},
+        "names": [next(iter(request.adapters), "__base__") for request in workload.requests()],
+        "prompts": [ids for ids, _ in prompts(material, workload, name, 1)],
+        "num_new": workload.num_new,
+        "num_streams": workload.num_streams,
+        "rounds": rounds,
+    }
+    account = CpuAccount()
+    return run_in_process(peer, job) | {"other_cpu_share": [account.other_share()]}
+
+
+def can(peer: str, workload: Workload) -> bool:
+    if peer in SERVERS:
+        return SERVERS[peer].can(workload)
+    if workload.kind == "d" or workload.choice == "mix" or not workload.num_prompt:
+        return False
+    return peer == "peft" or not workload.num_adapters
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--peers", default="loramux,loramux-idle-adapters,peft,transformers-cb,vllm,vllm-lora,llama.cpp-q4"
+    )
+    parser.add_argument("--workloads", default=",".join(WORKLOADS))
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--into", default="latest", help="name of the results file")
+    parser.add_argument("--report", action="store_true", help="only print what has been measured")
+    args = parser.parse_args()
+    path = RESULTS / f"{args.into}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"cells": {}}
+    if not args.report:
+        start_quietly()
+        found["machine"] = report.machine()
+        material = Material()
+        run_id = time.strftime("%Y-%m-%dT%H:%M:%S")
+        for peer in args.peers.split(","):
+            for name in args.workloads.split(","):
+                if not can(peer, WORKLOADS[name]):
+                    continue
+                measure = measure_in_process if peer in IN_PROCESS else measure_server
+                begin = time.monotonic()
+                try:
+                    cell = measure(peer, name, material, args.rounds)
+                except (RuntimeError, TimeoutError, OSError) as error:
+                    print(f"{peer} {name}: {error}", flush=True)
+                    continue
+                cell |= {"run": run_id, "quiet": os.environ.get(QUIET) == "1"}
+                if peer.startswith("loramux"):
+                    cell["versions"] = {p: version(p) for p in ("torch", "transformers", "loramux")}
+                found["cells"][f"{peer}/{name}"] = cell
+                RESULTS.mkdir(exist_ok=True)
+                path.write_text(json.dumps(found, indent=1))
+                best = max(run["output_tokens_per_s"] for run in cell["runs"])
+                others = max(cell["other_cpu_share"])
+                flag = "  OTHERS BUSY" if others > MAX_OTHER_SHARE else ""
+                print(
+                    f"{peer:22} {name:5} {best:7.1f} tok/s  others {others:.2f}{flag}  "
+                    f"({time.monotonic() - begin:.0f} s)",
+                    flush=True,
+                )
+    print(report.render(found))
+
+
+if __name__ == "__main__":
+    main()

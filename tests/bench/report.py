@@ -1,0 +1,114 @@
+"""What came out: a table of all cells, and the ratios that matter with their targets."""
+
+import json
+import os
+import platform
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tests.bench.client import Job
+
+__all__ = ["machine", "poisson", "ratios", "render"]
+
+BEST_VLLM = ("vllm", "vllm-lora")
+COLUMNS = (
+    ("output_tokens_per_s", "tok/s", "{:.1f}"),
+    ("ttft_p50_s", "TTFT p50 s", "{:.2f}"),
+    ("ttft_p95_s", "p95", "{:.2f}"),
+    ("itl_p50_ms", "ITL p50 ms", "{:.0f}"),
+    ("itl_p95_ms", "p95", "{:.0f}"),
+    ("itl_p99_ms", "p99", "{:.0f}"),
+)
+# Label, (peers, workload, figure) over (peers, workload, figure), the goal, and whether more is better.
+Side = tuple[Sequence[str], str, str]
+RATE, TTFT, ITL99 = "output_tokens_per_s", "ttft_p50_s", "itl_p99_ms"
+US = ("loramux",)
+COMPARISONS: list[tuple[str, Side, Side, float, bool]] = [
+    ("W1 / vLLM's best", (US, "W1", RATE), (BEST_VLLM, "W1", RATE), 1.6, True),
+    ("W1 / llama.cpp Q4", (US, "W1", RATE), (("llama.cpp-q4",), "W1", RATE), 1.0, True),
+    ("W2 / vLLM's best", (US, "W2", RATE), (BEST_VLLM, "W2", RATE), 1.2, True),
+    ("W2 / transformers' continuous batching", (US, "W2", RATE), (("transformers-cb",), "W2", RATE), 3.0, True),
+    ("W3 / PEFT mixed batch", (US, "W3", RATE), (("peft",), "W3", RATE), 4.5, True),
+    ("W3 / llama.cpp Q4", (US, "W3", RATE), (("llama.cpp-q4",), "W3", RATE), 5.0, True),
+    ("W3 / vLLM", (US, "W3", RATE), (("vllm-lora",), "W3", RATE), 12.0, True),
+    ("W3 / own W2", (US, "W3", RATE), (US, "W2", RATE), 0.55, True),
+    ("W3 with rank 8 / own W2", (US, "W3r8", RATE), (US, "W2", RATE), 0.8, True),
+    ("W6 (DoRA) / W3", (US, "W6", RATE), (US, "W3", RATE), 0.97, True),
+    ("W7 (mixes) / W3", (US, "W7", RATE), (US, "W3", RATE), 0.85, True),
+    ("W4 (cold ones) / W3", (US, "W4", RATE), (US, "W3", RATE), 0.92, True),
+    ("W4 / W3, inter-token p99", (US, "W4", ITL99), (US, "W3", ITL99), 1.3, False),
+    ("W2 with adapters loaded / without", (("loramux-idle-adapters",), "W2", RATE), (US, "W2", RATE), 0.99, True),
+    ("W5 / PEFT mixed batch", (US, "W5", RATE), (("peft",), "W5", RATE), 2.5, True),
+    ("W5 / own base, TTFT p50", (US, "W5", TTFT), (US, "W5B", TTFT), 1.6, False),
+]
+
+
+def machine() -> dict[str, Any]:
+    """Where it was measured."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    names = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
+    flags = next((line for line in info.splitlines() if line.startswith("flags")), "").split()
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    return {
+        "cores": os.cpu_count(),
+        "processor": names[0] if names else platform.processor(),
+        "has": [flag for flag in wanted if flag in flags],
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
+
+
+def poisson(jobs: Sequence[Job], rate: float) -> list[Job]:
+    """The jobs at random times, `rate` a second on average."""
+    rng, at_s, out = random.Random(8), 0.0, []
+    for job in jobs:
+        at_s += rng.expovariate(rate)
+        out.append(replace(job, at_s=at_s))
+    return out
+
+
+def best(found: dict[str, Any], side: Side) -> float | None:
+    """The best figure of any round of any of the peers; of latencies that of the fastest round."""
+    peers, workload, figure = side
+    runs = [run for peer in peers for run in found["cells"].get(f"{peer}/{workload}", {}).get("runs", [])]
+    runs = [run for run in runs if run.get(figure) is not None]
+    if not runs:
+        return None
+    return max(runs, key=lambda run: run[RATE])[figure]
+
+
+def ratios(found: dict[str, Any]) -> list[tuple[str, float | None, float, bool]]:
+    """Label, ratio or None if a side is missing, goal, and whether more is better."""
+    out = []
+    for label, above, below, goal, more_is_better in COMPARISONS:
+        a, b = best(found, above), best(found, below)
+        out.append((label, None if a is None or not b else a / b, goal, more_is_better))
+    return out
+
+
+def render(found: dict[str, Any]) -> str:
+    """Everything as text."""
+    lines = [json.dumps(found.get("machine", {})), ""]
+    head = ["peer", "workload", *(name for _, name, _ in COLUMNS), "MiB", "others", "run"]
+    rows = [head]
+    for key, cell in found["cells"].items():
+        run = max(cell["runs"], key=lambda run: run[RATE])
+        figures = [form.format(run[name]) if run.get(name) is not None else "-" for name, _, form in COLUMNS]
+        others = f"{max(cell['other_cpu_share']):.0%}"
+        rows.append([*key.split("/"), *figures, f"{cell['memory_bytes'] / 2**20:.0f}", others, cell["run"]])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.append("")
+    for label, ratio, goal, more_is_better in ratios(found):
+        if ratio is None:
+            lines.append(f"{label:42} not measured (goal {'>=' if more_is_better else '<='} {goal})")
+            continue
+        is_met = ratio >= goal if more_is_better else ratio <= goal
+        sign = ">=" if more_is_better else "<="
+        lines.append(f"{label:42} {ratio:6.2f}  (goal {sign} {goal}) {'met' if is_met else 'NOT MET'}")
+    if len({cell["run"] for cell in found["cells"].values()}) > 1:
+        lines.append("cells are from several runs on this machine: compare with care where others were busy")
+    return "\n".join(lines)
