@@ -3,10 +3,9 @@
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic.json_schema import models_json_schema
 
 from server.api.envelopes import Family, family_of
-from server.schemas.answers import OpenAIError, TgiError
+from server.schemas.answers import OpenAIError, TgiError, error_schemas
 
 __all__ = ["STREAM", "install_openapi"]
 
@@ -31,10 +30,7 @@ def _with_errors(document: dict[str, Any]) -> dict[str, Any]:
     schemas = document["components"]["schemas"]
     for name in UNUSED_SCHEMAS:
         schemas.pop(name, None)
-    _, errors = models_json_schema(
-        [(TgiError, "validation"), (OpenAIError, "validation")], ref_template="#/components/schemas/{model}"
-    )
-    schemas.update(errors["$defs"])
+    schemas.update(error_schemas())
     for path, operations in document["paths"].items():
         model = TgiError if family_of(path) is Family.TGI else OpenAIError
         schema = {"$ref": f"#/components/schemas/{model.__name__}"}

@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
+from pydantic.json_schema import models_json_schema
 
 __all__ = [
     "ChatAnswer",
@@ -10,6 +11,7 @@ __all__ = [
     "GenerateAnswer",
     "OpenAIError",
     "TgiError",
+    "error_schemas",
 ]
 
 EndReason = Literal["length", "eos_token", "stop_sequence"]
@@ -208,3 +210,11 @@ class OpenAIError(BaseModel):
 
     error: OpenAIErrorDetails
     error_type: Any
+
+
+def error_schemas() -> dict[str, Any]:
+    """JSON schemas of the two errors and their parts by name, for an OpenAPI document."""
+    _, errors = models_json_schema(
+        [(TgiError, "validation"), (OpenAIError, "validation")], ref_template="#/components/schemas/{model}"
+    )
+    return errors["$defs"]
