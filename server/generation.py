@@ -1,15 +1,16 @@
 """From a prompt in a request to a stream of tokens: the one way into the engine."""
 
 import asyncio
+import copy
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from server.delivery import Delivery, GenerationGroup
+from server.delivery import Charge, Delivery, GenerationGroup, charge_nobody
 from server.engine import EngineLoop, GenerationRequest, SamplingParams
 from server.engine.ports import AdapterLease
-from server.errors import ContextLengthError, InvalidRequestError, UnavailableError
+from server.errors import ContextLengthError, InvalidRequestError
 from server.structured import Grammar, StructuredOutput, TokenMasks
 from server.text import StopRule, TextCodec
 
@@ -39,6 +40,7 @@ class GenerationTask:
         prompts: texts, or token ids.
         sampling: `max_new_tokens` 0 stands for the default; the i-th sequence of a prompt has the seed plus i.
         adapters: weight by name; empty for the base model.
+        tenant: whose it is; tenants share the engine fairly.
         bad_words: texts that may not come out, as they stand or after a space.
         truncate: keep this many tokens of a prompt, the last ones.
     """
@@ -47,6 +49,7 @@ class GenerationTask:
     sampling: SamplingParams
     num_sequences: int = 1
     adapters: Mapping[str, float] = field(default_factory=dict)
+    tenant: str = ""
     stop: StopRule = field(default_factory=StopRule)
     bad_words: Sequence[str] = ()
     grammar: Grammar | None = None
@@ -77,11 +80,14 @@ class GenerationService:
         self._delivery = delivery
         self._structured = structured
         self._default_max_new_tokens = default_max_new_tokens
-        self._is_draining = False
+        self._charge: Charge = charge_nobody
 
-    def drain(self) -> None:
-        """Take no new work; what runs goes on."""
-        self._is_draining = True
+    def for_caller(self, adapters: AdapterDirectory, *, charge: Charge) -> "GenerationService":
+        """The same for one caller: it knows these adapters, and `charge` is told what its requests use."""
+        service = copy.copy(self)
+        service._adapters = adapters
+        service._charge = charge
+        return service
 
     async def start(self, task: GenerationTask) -> GenerationGroup:
         """Submit a task's sequences: all of them, those of the first prompt first, or none.
@@ -89,9 +95,7 @@ class GenerationService:
         Raises:
             ServerError: unknown adapter, prompt too long, queue full, and so on; nothing was started then.
         """
-        if self._is_draining:
-            raise UnavailableError("the server is shutting down", code="draining")
-        group = GenerationGroup(self.engine)
+        group = GenerationGroup(self.engine, self._charge)
         leases: list[NamedLease | None] = []
         num_submitted = 0
         try:
@@ -100,6 +104,7 @@ class GenerationService:
                 group.adapter_generations = leases[0].generations
             prompts, constraints = await asyncio.to_thread(self._prepare, task)
             sampling = self._checked_sampling(task, prompts)
+            self._charge(sum(map(len, prompts)))
             for i, lease in enumerate(leases):
                 ids = prompts[i // task.num_sequences]
                 request = GenerationRequest(
@@ -108,6 +113,8 @@ class GenerationService:
                     sampling=replace(sampling, seed=(sampling.seed + i % task.num_sequences) % MAX_SEEDS),
                     emit=self._delivery.emitter(group, i),
                     lease=lease,
+                    tenant=task.tenant,
+                    flow=tuple(sorted(task.adapters)),
                     text=self.codec.stream(ids, task.stop),
                     constraint=constraints[i] if constraints else None,
                 )

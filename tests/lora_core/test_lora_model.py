@@ -1,4 +1,4 @@
-"""LoraModel's life: who is active, trainable, merged; initialisations that change the base; checkpointing; PEFT's functions."""
+"""LoraModel's life: who is active, trainable, merged; changed bases; checkpointing; PEFT's functions."""
 
 import copy
 import warnings
@@ -99,7 +99,7 @@ def test_a_broken_adapter_is_not_merged(seed: int) -> None:
     merged = {key: value.clone() for key, value in model.model.state_dict().items()}
     with torch.no_grad():
         model.layers["lin1"].tensors("a").lora_B[0, 0] = float("nan")
-    with pytest.raises(LoraError, match="NaNs detected in the merged weights. The adapter a seems to be broken"):
+    with pytest.raises(LoraError, match="The adapter a seems to be broken"):
         model.merge_adapter(["a"], safe_merge=True)
     assert model.merged_adapters == ["b"]
     after = model.model.state_dict()
@@ -203,7 +203,7 @@ def test_an_adapter_of_a_changed_base_comes_home(init: str, extra: dict[str, Any
 
 
 def test_subtracting_an_adapter_of_the_model(seed: int) -> None:
-    base, model = mlp_with("ab", seed)
+    _, model = mlp_with("ab", seed)
     inputs = make_inputs("mlp")
     state = model.subtract_mutated_init(get_peft_model_state_dict(model, "a"), "b")
     model.add_adapter("a-b", LoraConfig(**LINEAR | {"r": 8, "lora_alpha": 16}))
@@ -277,7 +277,7 @@ def test_generating_with_beams_and_rows(seed: int) -> None:
             assert torch.equal(mixed[row], alone[0]), name
     with pytest.raises(AdapterNotFoundError, match=r"Trying to infer with non-existing adapter\(s\): c"):
         model.generate(input_ids=ids, adapter_names=["a", "b", "c"])
-    with pytest.raises(ValueError, match="rows"):
+    with pytest.raises(ConfigError, match="Length of `adapter_names` should be the same as the number of inputs"):
         model(input_ids=ids, decoder_input_ids=ids, adapter_names=["a", "b"])
 
 
@@ -323,7 +323,7 @@ CONTRADICTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
         "use_dora",
     ),
     "odd orthogonal": ("mlp", {"target_modules": ["lin0"], "r": 3, "init_lora_weights": "orthogonal"}, "even"),
-    "layers that are not there": (
+    "no layers": (
         "mlp",
         {"target_modules": ["lin0"], "layer_replication": [(0, 1)]},
         "Could not locate",
