@@ -22,6 +22,7 @@ from server.api.draining import DrainGate
 from server.api.envelopes import install_error_handlers
 from server.api.middleware import BodyLimit, RequestId
 from server.api.model_names import BASE_NAME, ModelNames
+from server.api.openapi import install_openapi
 from server.api.routers import ROUTERS
 from server.auth.audit import AuditLog
 from server.auth.key_file import KeyFile
@@ -187,6 +188,7 @@ def create_app(server: Server, settings: Settings) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     install_error_handlers(app)
+    install_openapi(app)
     app.add_middleware(
         BodyLimit,
         max_json_bytes=settings.max_json_bytes,

@@ -20,7 +20,14 @@ from server.engine.request import Event, Failed, Finished, FinishReason, Generat
 from server.engine.runner import ModelRunner
 from server.engine.sampling import Sampled, prompt_logprobs, sample
 from server.engine.scheduler import Scheduler, Step
-from server.errors import ContextLengthError, GenerationError, InvalidRequestError, OverloadedError, UnavailableError
+from server.errors import (
+    ContextLengthError,
+    GenerationError,
+    InvalidRequestError,
+    OverloadedError,
+    ServerError,
+    UnavailableError,
+)
 
 __all__ = ["EngineLoop", "EngineStats"]
 
@@ -245,10 +252,7 @@ class EngineLoop:
     def _advance(self, request: GenerationRequest, sampled: Sampled) -> None:
         """Append a request's new token, emit it, and end the request if it is the last one."""
         if sampled.token_id is None:
-            error = GenerationError("the model's output is not finite: the adapter overflows", code="output_not_finite")
-            if sampled.is_blocked:
-                error = GenerationError("no token is left that may come next", code="no_token_allowed")
-            self._end(request, Failed(error))
+            self._end(request, Failed(_no_token(sampled)))
             return
         token_id = sampled.token_id
         request.output_ids.append(token_id)
@@ -295,6 +299,13 @@ class EngineLoop:
             num_prefix_tokens=scheduler.num_prefix_tokens,
             num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
         )
+
+
+def _no_token(sampled: Sampled) -> ServerError:
+    if sampled.is_blocked:
+        message = "no token is left that may come next: the grammar, the bad words and the bias exclude them all"
+        return InvalidRequestError(message, code="no_token_allowed")
+    return GenerationError("the model's output is not finite: the adapter overflows", code="output_not_finite")
 
 
 def _note_prompt(rows: PromptRows, logits: Tensor) -> None:
