@@ -40,6 +40,7 @@ class GenerationTask:
         prompts: texts, or token ids.
         sampling: `max_new_tokens` 0 stands for the default; the i-th sequence of a prompt has the seed plus i.
         adapters: weight by name; empty for the base model.
+        tenant: whose it is; tenants share the engine fairly.
         bad_words: texts that may not come out, as they stand or after a space.
         truncate: keep this many tokens of a prompt, the last ones.
     """
@@ -48,6 +49,7 @@ class GenerationTask:
     sampling: SamplingParams
     num_sequences: int = 1
     adapters: Mapping[str, float] = field(default_factory=dict)
+    tenant: str = ""
     stop: StopRule = field(default_factory=StopRule)
     bad_words: Sequence[str] = ()
     grammar: Grammar | None = None
@@ -111,6 +113,8 @@ class GenerationService:
                     sampling=replace(sampling, seed=(sampling.seed + i % task.num_sequences) % MAX_SEEDS),
                     emit=self._delivery.emitter(group, i),
                     lease=lease,
+                    tenant=task.tenant,
+                    flow=tuple(sorted(task.adapters)),
                     text=self.codec.stream(ids, task.stop),
                     constraint=constraints[i] if constraints else None,
                 )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from server.engine.batch import PromptRows, RouteMemo, build_batch
 from server.engine.blocks import BlockPool
+from server.engine.fairness import Fairness
 from server.engine.request import Event, Failed, Finished, FinishReason, GenerationRequest, Token
 from server.engine.runner import ModelRunner
 from server.engine.sampling import Sampled, prompt_logprobs, sample
@@ -61,6 +62,7 @@ class EngineLoop:
             other thread is confined to one core from `start` on. GNU OpenMP falls back from spinning to sleeping, and
             each of a step's thousand short operators gets slower by half, as soon as two threads have teams of their
             own; so nobody but the engine may have one. The process must not have made one before, either.
+        fairness: the order in which waiting requests start.
         on_step: called on the engine thread after each step, when its events have been emitted, and when idle.
     """
 
@@ -70,6 +72,7 @@ class EngineLoop:
         *,
         max_waiting: int = 512,
         num_threads: int | None = None,
+        fairness: Fairness | None = None,
         on_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.runner = runner
@@ -79,7 +82,12 @@ class EngineLoop:
         self._on_step = on_step
         config = runner.config
         self._pool = BlockPool(runner.cache.num_blocks, config.block_size)
-        self._scheduler = Scheduler(self._pool, max_running=config.max_running, max_step_tokens=config.max_step_tokens)
+        self._scheduler = Scheduler(
+            self._pool,
+            max_running=config.max_running,
+            max_step_tokens=config.max_step_tokens,
+            fairness=fairness,
+        )
         self._routes = RouteMemo()
         runner.copies.clear()  # another engine's, whose requests had the same numbers
         self._lock = threading.Lock()

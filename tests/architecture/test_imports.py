@@ -25,6 +25,7 @@ EXTERNAL: dict[str, set[str]] = {
     "server.durable": set(),
     "server.engine": {"torch", "transformers"},
     "server.engine.blocks": set(),
+    "server.engine.fairness": set(),
     "server.engine.ports": set(),
     "server.engine.request": set(),
     "server.engine.scheduler": set(),

@@ -126,7 +126,8 @@ def main() -> None:
                 others = max(cell["other_cpu_share"])
                 flag = "  OTHERS BUSY" if others > MAX_OTHER_SHARE else ""
                 print(
-                    f"{peer:22} {name:5} {best:7.1f} tok/s  others {others:.2f}{flag}  ({time.monotonic() - begin:.0f} s)",
+                    f"{peer:22} {name:5} {best:7.1f} tok/s  others {others:.2f}{flag}  "
+                    f"({time.monotonic() - begin:.0f} s)",
                     flush=True,
                 )
     print(report.render(found))

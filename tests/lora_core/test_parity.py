@@ -88,7 +88,7 @@ def test_files_and_outputs_equal_peft(variant: str, seed: int, tmp_path: Path) -
     close(run(back, inputs).detach(), wanted)
     if not settings.get("layer_replication"):
         mine.disable_adapter_layers()
-        torch.testing.assert_close(run(mine, inputs), run(base, inputs), rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(run(mine, inputs), run(base, inputs), rtol=1e-5, atol=5e-5)
 
 
 def same_files(ours_: Path, theirs: Path) -> None:

@@ -1,0 +1,5 @@
+"""The live server of the API tests, for clients that are used as their users use them."""
+
+from tests.api.conftest import live, tiny
+
+__all__ = ["live", "tiny"]

@@ -1,0 +1,90 @@
+"""Run by the interpreter of an environment of its own, which has lorax-client and text-generation.
+
+    python old_clients.py URL EXPECTED.json
+
+Everything that it asserts is about what the clients make of the answers.
+"""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import lorax
+import lorax.errors
+import text_generation
+import text_generation.errors
+
+PROMPT = "The quick brown fox"
+
+
+def check_lorax(url: str, expected: dict[str, list]) -> None:
+    client = lorax.Client(url, timeout=60)
+    for name, (tokens, text) in expected.items():
+        fields = {"adapter_id": name or None, "max_new_tokens": len(tokens), "ignore_eos_token": True}
+        answer = client.generate(PROMPT, **fields, details=True, decoder_input_details=True, return_k_alternatives=2)
+        assert answer.generated_text == text, (answer.generated_text, text)
+        assert [token.id for token in answer.details.tokens] == tokens
+        assert answer.details.finish_reason == lorax.types.FinishReason.Length
+        assert answer.details.generated_tokens == len(tokens)
+        assert len(answer.details.tokens[0].alternative_tokens) == 2
+        assert answer.details.prompt_tokens == len(answer.details.prefill)
+        events = list(client.generate_stream(PROMPT, **fields))
+        assert [event.token.id for event in events] == tokens
+        assert events[-1].generated_text == text
+        assert events[-1].details.finish_reason == lorax.types.FinishReason.Length
+    mix = lorax.types.MergedAdapters(ids=["rank4", "rank8"], weights=[0.5, 0.5], merge_strategy="linear", density=0.5)
+    assert client.generate(PROMPT, merged_adapters=mix, max_new_tokens=3).generated_text
+    best = client.generate(PROMPT, adapter_id="rank4", do_sample=True, best_of=2, max_new_tokens=4, details=True)
+    assert len(best.details.best_of_sequences) == 1
+    schema = {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"], "additionalProperties": False}
+    form = {"type": "json_object", "schema": schema}
+    assert json.loads(client.generate(PROMPT, response_format=form, max_new_tokens=200).generated_text)["x"] in {1, 2}
+    raises(lorax.errors.NotFoundError, lambda: client.generate(PROMPT, adapter_id="nobody"))
+    raises(lorax.errors.NotFoundError, lambda: list(client.generate_stream(PROMPT, adapter_id="nobody")))
+    raises(lorax.errors.ValidationError, lambda: client.generate(PROMPT, max_new_tokens=10_000))
+
+    async def streamed() -> str:
+        async_client = lorax.AsyncClient(url, timeout=60)
+        stream = async_client.generate_stream(PROMPT, adapter_id="dora", max_new_tokens=5, ignore_eos_token=True)
+        return "".join([event.token.text async for event in stream])
+
+    assert expected["dora"][1].startswith(asyncio.run(streamed()))
+
+
+def check_text_generation(url: str, expected: dict[str, list]) -> None:
+    for name, (tokens, _) in expected.items():
+        headers = {"X-Adapter-Id": name} if name else {}
+        client = text_generation.Client(url, headers=headers, timeout=60)
+        answer = client.generate(PROMPT, max_new_tokens=len(tokens), decoder_input_details=True, top_n_tokens=2)
+        num = len(answer.details.tokens)
+        assert [token.id for token in answer.details.tokens] == tokens[:num]
+        assert (
+            num == len(tokens) or answer.details.finish_reason == text_generation.types.FinishReason.EndOfSequenceToken
+        )
+        assert len(answer.details.top_tokens[0]) == 2
+        events = list(client.generate_stream(PROMPT, max_new_tokens=len(tokens)))
+        assert [event.token.id for event in events] == tokens[:num]
+        assert events[-1].generated_text == answer.generated_text
+    client = text_generation.Client(url, timeout=60)
+    chat = client.chat([{"role": "user", "content": PROMPT}], max_tokens=4, seed=1)
+    assert chat.choices[0].message.content is not None
+    assert chat.usage["completion_tokens"] <= 4
+    raises(text_generation.errors.ValidationError, lambda: client.generate(PROMPT, max_new_tokens=10_000))
+    missing = text_generation.Client(url, headers={"X-Adapter-Id": "nobody"})
+    raises(text_generation.errors.NotFoundError, lambda: missing.generate(PROMPT))
+
+
+def raises(kind: type, call) -> None:
+    try:
+        call()
+    except kind:
+        return
+    raise AssertionError(f"no {kind.__name__}")
+
+
+if __name__ == "__main__":
+    wanted = json.loads(Path(sys.argv[2]).read_text())
+    check_lorax(sys.argv[1], wanted)
+    check_text_generation(sys.argv[1], wanted)
+    print("fine")
