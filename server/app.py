@@ -112,7 +112,7 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
         settings.store, min_free_bytes=settings.min_free_bytes, max_generations=settings.max_generations
     )
     store.open()
-    loader = AdapterLoader(runner.model, runner.layers, dtype=runner.dtype, max_rank=settings.max_rank)
+    loader = AdapterLoader(runner.model, dtype=runner.dtype, max_rank=settings.max_rank)
 
     def read(digest: str) -> FoldedAdapter:
         return loader.fold(*store.read(digest))

@@ -57,7 +57,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
     slots: dict[str, dict[int, float]] = {"base": {}}
     for slot, (name, model) in enumerate(models.items()):
         folder = peft_adapters.save(model, tmp_path / name)
-        runner.bank.load(slot, fold_adapter(load_adapter(folder), runner.layers, dtype=torch.float32))
+        runner.bank.load(slot, fold_adapter(load_adapter(folder), runner.model, dtype=torch.float32))
         slots[name] = {slot: 1.0}
     references: dict[str, Any] = {"base": base} | models
     deltas = {name: peft_adapters.merged_delta(base, model) for name, model in models.items()}
