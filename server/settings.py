@@ -15,6 +15,10 @@ class Settings(BaseModel):
 
     Attributes:
         model: "demo", or a local Hugging Face folder.
+        keys: file of API keys; None lets everybody do everything.
+        audit_log: by default beside the keys, if there are any.
+        allow_open: on an address that others can reach, too.
+        drain_timeout_s: how long running requests may take once the server is told to stop.
         slot_memory, host_memory: None for a quarter of what is free once the model is loaded.
         model_aliases: more names for the base model, which some clients send when nobody named one.
         import_root: folder under which paths in requests must lie; without it no path is taken.
@@ -28,6 +32,11 @@ class Settings(BaseModel):
     store: Path = Path("store")
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
+    keys: Path | None = None
+    audit_log: Path | None = None
+    allow_open: bool = False
+    open_metrics: bool = False
+    drain_timeout_s: float = Field(30.0, ge=0, le=3600)
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     adapters: dict[str, Path] = Field(default_factory=dict)
@@ -38,6 +47,8 @@ class Settings(BaseModel):
     max_running: int = Field(32, ge=1, le=1024)
     max_waiting: int = Field(512, ge=1)
     max_step_tokens: int = Field(512, ge=1)
+    target_step_ms: int = Field(300, ge=0)
+    prefix_cache: bool = True
     max_slots: int = Field(32, ge=1, le=1024)
     max_rank: int = Field(256, ge=1)
     max_model_len: int | None = Field(None, ge=2)

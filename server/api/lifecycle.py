@@ -12,7 +12,7 @@ from server.adapters.import_root import ImportRoot
 from server.adapters.objects import FILE_NAMES, digest_of
 from server.adapters.record import Publication
 from server.adapters.service import AdapterService
-from server.api.dependencies import Adapters, Imports
+from server.api.dependencies import AllAdapters, Imports
 from server.errors import ConflictError, InvalidRequestError, NotFoundError
 from server.schemas.lifecycle import LoadedAdapter, LoadedGeneration, LoadedList, LoadRequest, UnloadRequest
 
@@ -22,21 +22,21 @@ router = APIRouter(prefix="/v1", tags=["adapters"])
 
 
 @router.post("/load_lora_adapter", response_class=PlainTextResponse)
-async def load(body: LoadRequest, adapters: Adapters, imports: Imports) -> PlainTextResponse:
+async def load(body: LoadRequest, adapters: AllAdapters, imports: Imports) -> PlainTextResponse:
     """Import a folder below the import root under a name."""
     await asyncio.to_thread(_load, body, adapters, imports)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 @router.post("/unload_lora_adapter", response_class=PlainTextResponse)
-async def unload(body: UnloadRequest, adapters: Adapters) -> PlainTextResponse:
+async def unload(body: UnloadRequest, adapters: AllAdapters) -> PlainTextResponse:
     """Delete an adapter; requests that run finish."""
     await asyncio.to_thread(_unload, body, adapters)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 @router.get("/lora_adapters")
-async def list_loaded(adapters: Adapters) -> LoadedList:
+async def list_loaded(adapters: AllAdapters) -> LoadedList:
     """All adapters, and those of their contents that are in memory or in use."""
     stats, records = adapters.tiers(), adapters.records()
     aliases: dict[str, list[str]] = {}

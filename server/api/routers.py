@@ -1,7 +1,9 @@
 """All routes, in the order in which the documentation lists them."""
 
-from server.api import admin, chat, completions, jobs, lifecycle, system, tgi, tiers, tokens
+from server.api import admin, chat, completions, draining, jobs, keys, lifecycle, system, tgi, tiers, tokens
 
 __all__ = ["ROUTERS"]
 
-ROUTERS = tuple(part.router for part in (tgi, completions, chat, tokens, lifecycle, system, admin, tiers, jobs))
+ROUTERS = tuple(
+    part.router for part in (tgi, completions, chat, tokens, lifecycle, system, draining, admin, tiers, jobs, keys)
+)

@@ -103,7 +103,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
     )
     store = AdapterStore(root / "store")
     store.open()
-    loader = AdapterLoader(runner.model, runner.layers, dtype=runner.dtype, max_rank=256)
+    loader = AdapterLoader(runner.model, dtype=runner.dtype, max_rank=256)
     registry = AdapterRegistry(
         store,
         lambda digest: loader.fold(*store.read(digest)),

@@ -21,9 +21,9 @@ def open_base(folder: Path) -> nn.Module:
         InvalidRequestError: code `not_supported`, the files hold the weights in another form than the model.
         CheckpointError: there are no safetensors files.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_config(config)
     tensors = TensorFolder(folder)
     for name, key in file_keys(model, tensors).items():
         module, _, attribute = name.rpartition(".")
