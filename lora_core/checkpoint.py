@@ -176,8 +176,10 @@ def check_base_weight(name: str, saved: Tensor | None, layer: nn.Module) -> None
     Raises:
         TargetError: it is another one.
     """
+    if saved is None:  # reading the layer's own would unpack it
+        return
     own = cast(Tensor, layer.weight)
-    if saved is not None and (saved.shape != own.shape or not torch.equal(saved.to(own), own)):
+    if saved.shape != own.shape or not torch.equal(saved.to(own), own):
         raise TargetError(
             f"module {name!r}: the adapter's file holds a base weight that is not this base model's; "
             "it was trained on another model, or on one with a resized vocabulary"
@@ -256,8 +258,8 @@ def _check_module(config: LoraConfig, name: str, r: int, parts: Mapping[str, Ten
     if any(len(parts[part].shape) != 2 for part in ("lora_A", "lora_B")):
         raise CheckpointError(f"module {name!r}: lora_A and lora_B must be matrices")
     a, b = parts["lora_A"].shape, parts["lora_B"].shape
-    # Of a parameter, all experts' factors are stacked; its name, and with it its rank, is not in the file.
-    is_parameter = config.target_parameters is not None and a[0] == b[1] and a[0] % max(r, 1) == 0
+    # A parameter's factors are stacked by experts; its name, and so its rank, is not in the file: folding checks it.
+    is_parameter = config.target_parameters is not None and a[0] == b[1]
     if (a[0] != r or b[1] != r) and not is_parameter:
         raise TargetError(f"module {name!r}: the configuration says rank {r}, the tensors are {list(a)} and {list(b)}")
     base_shape = (a[1], b[0]) if parts["lora_A"].name.endswith(EMBEDDING_A) else (b[0], a[1])

@@ -14,6 +14,7 @@ from lora_core.embedding import LoraEmbedding
 from lora_core.errors import ConfigError, TargetError, UnsupportedError
 from lora_core.init import gaussian, initialise, kaiming
 from lora_core.layer import LoraLayer, LoraLinear, is_linear
+from lora_core.megatron import LoraParallelLinear, check_megatron, is_parallel_linear
 from lora_core.ops import apply_rows
 from lora_core.parameter import LoraParameter
 from lora_core.routing import Route, Router
@@ -66,6 +67,8 @@ def inject(
     out: dict[str, AdapterModule] = {}
     for target in parts.modules:
         out[target.name] = layer = lora_layer(model, router, target.name, is_head=target.name == head)
+        if isinstance(layer, LoraParallelLinear):
+            layer.megatron_config = config.megatron_config
         layer.add_adapter(
             name,
             target.r,
@@ -158,6 +161,7 @@ def replicate_layers(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Non
 
 def _check(config: LoraConfig, parts: Parts, model: nn.Module) -> None:
     """What would otherwise be found out halfway."""
+    check_megatron(config, {target.name: base_of(model.get_submodule(target.name)) for target in parts.modules})
     init = config.init_lora_weights
     is_special = isinstance(init, str) and init.lower() != "gaussian"
     for target in parts.modules:
@@ -198,6 +202,8 @@ def layer_kind(base: nn.Module) -> type[LoraLayer]:
         return LoraEmbedding
     if is_conv(base):
         return LoraConv
+    if is_parallel_linear(base):
+        return LoraParallelLinear
     if type(base).__name__.endswith("Norm") and not isinstance(base, nn.GroupNorm):
         return LoraBias
     raise UnsupportedError(f"the bias of a {type(base).__name__} cannot be trained")

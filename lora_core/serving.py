@@ -23,7 +23,7 @@ from lora_core.parameter import LoraParameter
 from lora_core.routing import Router
 from lora_core.shared import PackedLinear
 from lora_core.slots import LayerSlots, SlotBank
-from lora_core.targets import Parts, output_embedding_name, resolve
+from lora_core.targets import Parts, Target, output_embedding_name, resolve
 from lora_core.weights import AdapterWeights, LoraTensors
 
 __all__ = [
@@ -193,11 +193,11 @@ class _Folding:
         out: dict[str, Part] = {}
         biases = {name: self._bias(name, parts) for name in parts.biases}
         for target in parts.modules:
-            out[target.name] = self._folded(target.name, target.scaling, biases.pop(target.name, None))
+            out[target.name] = self._folded(target, biases.pop(target.name, None))
         for name, bias in biases.items():
             out[name] = Folded(bias.new_empty(0, self._layer_shape(name)[1]), bias.new_empty(0, len(bias)), None, bias)
         for prefix, target in nested.items():
-            out[target.name] = self._experts(target.name, self.adapter.modules[prefix], target.r, target.scaling)
+            out[target.name] = self._experts(target, self.adapter.modules[prefix])
         for name in parts.whole:
             out[name] = self._copy(name)
         for name, indices in parts.tokens.items():
@@ -225,15 +225,18 @@ class _Folding:
             return module.out_features, module.in_features
         return layer_kind(module).shape_of(module)
 
-    def _folded(self, name: str, scaling: float, bias: Tensor | None) -> Folded:
+    def _folded(self, target: Target, bias: Tensor | None) -> Folded:
+        name = target.name
         part, base = self.adapter.modules[name], base_of(self.model.get_submodule(name))
+        if part.rank != target.r:
+            raise TargetError(f"module {name!r}: the configuration says rank {target.r}, the tensors {part.rank}")
         check_shape(name, part, self._layer_shape(name))
         check_base_weight(name, self.adapter.base_weights.get(name), base)
         part, weight = part.map(Tensor.float), None
         if part.magnitude is not None:
             weight = linear_weight(base).detach().cpu()
             weight = weight.T if isinstance(base, nn.Embedding) else weight
-        out = fold(part, scaling, weight)
+        out = fold(part, target.scaling, weight)
         scale = getattr(base, "embed_scale", None)
         b = out.b if scale is None else out.b * scale.float().cpu()
         own = out.bias if bias is None else bias if out.bias is None else out.bias + bias
@@ -246,13 +249,14 @@ class _Folding:
         saved = self._take(f"{name}.base_layer.bias" if has_lora else f"{name}.bias", own.shape)
         return (saved.float() - own.float().cpu()).to(self.dtype)
 
-    def _experts(self, name: str, part: LoraTensors, r: int, scaling: float) -> ExpertFactors:
+    def _experts(self, target: Target, part: LoraTensors) -> ExpertFactors:
+        name, r = target.name, target.r
         module_name, _, parameter = name.rpartition(".")
         layer = LoraParameter(base_of(self.model.get_submodule(module_name)), Router(), parameter)
         check_shape(name, part, (layer.out_features, layer.in_features))
         if part.rank != r * layer.num_experts:
             raise TargetError(f"{name!r}: the configuration says rank {r}, the tensors have {part.rank} rows")
-        return ExpertFactors(part.map(lambda t: t.to(layer.parameter)), scaling)
+        return ExpertFactors(part.map(lambda t: t.to(layer.parameter)), target.scaling)
 
     def _copy(self, name: str) -> ModuleCopy:
         module = _blank_copy(name, base_of(self.model.get_submodule(name)))
@@ -269,9 +273,9 @@ class _Folding:
         return TokenRows(indices, rows.float().to(weight.device) - weight[list(indices)].float())
 
 
-def _nested(parts: Parts) -> dict[str, Any]:
+def _nested(parts: Parts) -> dict[str, Target]:
     """Targeted parameters by the start of their keys on disk: the last one of a module is outermost."""
-    groups: dict[str, list[Any]] = {}
+    groups: dict[str, list[Target]] = {}
     for target in parts.parameters:
         groups.setdefault(target.name.rpartition(".")[0], []).append(target)
     return {

@@ -22,6 +22,7 @@ from server.api.draining import DrainGate
 from server.api.envelopes import install_error_handlers
 from server.api.middleware import BodyLimit, RequestId
 from server.api.model_names import BASE_NAME, ModelNames
+from server.api.openapi import install_openapi
 from server.api.routers import ROUTERS
 from server.auth.audit import AuditLog
 from server.auth.key_file import KeyFile
@@ -97,6 +98,8 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
     config = EngineConfig(
         max_running=settings.max_running,
         max_step_tokens=max(settings.max_step_tokens, settings.max_running),
+        target_step_s=settings.target_step_ms / 1_000 or None,
+        use_prefix_cache=settings.prefix_cache,
         max_slots=settings.max_slots,
         kv_bytes=settings.kv_memory,
         max_model_len=settings.max_model_len,
@@ -185,6 +188,7 @@ def create_app(server: Server, settings: Settings) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     install_error_handlers(app)
+    install_openapi(app)
     app.add_middleware(
         BodyLimit,
         max_json_bytes=settings.max_json_bytes,

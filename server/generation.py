@@ -140,7 +140,7 @@ class GenerationService:
         prompts = [self._encode(prompt, task) for prompt in task.prompts]
         if task.grammar is None:
             return prompts, []
-        return prompts, [self._structured.open(task.grammar) for _ in range(len(prompts) * task.num_sequences)]
+        return prompts, self._structured.open(task.grammar, len(prompts) * task.num_sequences)
 
     def _encode(self, prompt: str | Sequence[int], task: GenerationTask) -> list[int]:
         if isinstance(prompt, str):

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from server.errors import InvalidRequestError, NotFoundError, ServerError
 
@@ -106,7 +107,10 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return error_response(_from_http(request, error), family_of(request.url.path))
+        response = error_response(_from_http(request, error), family_of(request.url.path))
+        if error.status_code == 405:
+            response.headers["Allow"] = _allowed_methods(app, request.url.path)
+        return response
 
     async def on_crash(request: Request, error: Exception) -> Response:
         logger.error("a request to %s failed", request.url.path, exc_info=error)
@@ -116,6 +120,15 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(Exception, on_crash)
+
+
+def _allowed_methods(app: FastAPI, path: str) -> str:
+    """Of all routes with this path: Starlette itself looks at the first one only."""
+    templates = app.openapi()["paths"].items()
+    found = {
+        m.upper() for template, operations in templates if compile_path(template)[0].match(path) for m in operations
+    }
+    return ", ".join(sorted(found))
 
 
 def _from_validation(error: RequestValidationError) -> ServerError:

@@ -20,7 +20,14 @@ from server.engine.request import Event, Failed, Finished, FinishReason, Generat
 from server.engine.runner import ModelRunner
 from server.engine.sampling import Sampled, prompt_logprobs, sample
 from server.engine.scheduler import Scheduler, Step
-from server.errors import ContextLengthError, GenerationError, InvalidRequestError, OverloadedError, UnavailableError
+from server.errors import (
+    ContextLengthError,
+    GenerationError,
+    InvalidRequestError,
+    OverloadedError,
+    ServerError,
+    UnavailableError,
+)
 
 __all__ = ["EngineLoop", "EngineStats"]
 
@@ -46,6 +53,8 @@ class EngineStats:
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     num_preemptions: int = 0
+    num_prefix_tokens: int = 0
+    num_prefix_hit_tokens: int = 0
 
     @property
     def kv_usage(self) -> float:
@@ -87,6 +96,8 @@ class EngineLoop:
             max_running=config.max_running,
             max_step_tokens=config.max_step_tokens,
             fairness=fairness,
+            target_step_s=config.target_step_s,
+            use_prefix_cache=config.use_prefix_cache,
         )
         self._routes = RouteMemo()
         runner.copies.clear()  # another engine's, whose requests had the same numbers
@@ -208,7 +219,9 @@ class EngineLoop:
         num_sampled = 0
         if step.chunks:
             try:
+                begin_s = time.monotonic()
                 num_sampled = self._compute(step)
+                self._scheduler.note_duration(step, time.monotonic() - begin_s)
                 self._num_failed_steps = 0
             except Exception as error:
                 logger.exception("a step of %d requests failed", len(step.chunks))
@@ -239,10 +252,7 @@ class EngineLoop:
     def _advance(self, request: GenerationRequest, sampled: Sampled) -> None:
         """Append a request's new token, emit it, and end the request if it is the last one."""
         if sampled.token_id is None:
-            error = GenerationError("the model's output is not finite: the adapter overflows", code="output_not_finite")
-            if sampled.is_blocked:
-                error = GenerationError("no token is left that may come next", code="no_token_allowed")
-            self._end(request, Failed(error))
+            self._end(request, Failed(_no_token(sampled)))
             return
         token_id = sampled.token_id
         request.output_ids.append(token_id)
@@ -286,7 +296,16 @@ class EngineLoop:
             num_prompt_tokens=old.num_prompt_tokens + num_prompt,
             num_generated_tokens=old.num_generated_tokens + num_sampled,
             num_preemptions=scheduler.num_preemptions,
+            num_prefix_tokens=scheduler.num_prefix_tokens,
+            num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
         )
+
+
+def _no_token(sampled: Sampled) -> ServerError:
+    if sampled.is_blocked:
+        message = "no token is left that may come next: the grammar, the bad words and the bias exclude them all"
+        return InvalidRequestError(message, code="no_token_allowed")
+    return GenerationError("the model's output is not finite: the adapter overflows", code="output_not_finite")
 
 
 def _note_prompt(rows: PromptRows, logits: Tensor) -> None:

@@ -32,6 +32,8 @@ class EngineConfig:
         max_slots: adapters that can be in use at once.
         kv_bytes: memory for keys and values.
         max_model_len: longest sequence, prompt and output together; None for all that model and memory allow.
+        target_step_s: how long a step should take while requests stream; long prompts are cut to it. None: no aim.
+        use_prefix_cache: keep computed prompts, and compute what requests have in common once.
     """
 
     max_running: int = 32
@@ -40,6 +42,8 @@ class EngineConfig:
     block_size: int = 16
     kv_bytes: int = 1 << 30
     max_model_len: int | None = None
+    target_step_s: float | None = None
+    use_prefix_cache: bool = True
 
 
 class ModelRunner:
