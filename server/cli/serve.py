@@ -85,6 +85,10 @@ def serve(
     max_new_tokens: Annotated[
         int, option("--max-new-tokens", "Output length of requests that name none.")
     ] = DEFAULTS.max_new_tokens,
+    import_root: Annotated[
+        Path | None, option("--import-root", "Folder under which paths in requests must lie; none are taken without.")
+    ] = None,
+    allow_hub: Annotated[bool, option("--allow-hub", "Let jobs fetch adapters from the Hugging Face hub.")] = False,
     max_json_bytes: Annotated[int, size_option("--max-json-bytes", "Largest JSON body.")] = DEFAULTS.max_json_bytes,
     max_upload_bytes: Annotated[
         int, size_option("--max-upload-bytes", "Largest adapter upload.")
