@@ -30,7 +30,6 @@ __all__ = ["BASE_NAME", "LoraModel"]
 # In `adapter_names`, a row that wants no adapter.
 BASE_NAME = "__base__"
 
-# What one row of a batch wants: an adapter, several with weight 1, or weighted ones.
 RowAdapters = str | Sequence[str] | Mapping[str, float]
 
 

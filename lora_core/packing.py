@@ -49,6 +49,7 @@ class PackedWeight:
 
     def unpack(self) -> Tensor:
         """The weight [O, I], bit for bit: a copy if it is packed, its own storage otherwise."""
+        torch.get_num_threads()  # oneDNN would ask OpenMP; a thread's first PyTorch operator sets the number there
         return self._weight.to_dense() if self.is_packed else self._weight
 
 

@@ -98,6 +98,8 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
     config = EngineConfig(
         max_running=settings.max_running,
         max_step_tokens=max(settings.max_step_tokens, settings.max_running),
+        target_step_s=settings.target_step_ms / 1_000 or None,
+        use_prefix_cache=settings.prefix_cache,
         max_slots=settings.max_slots,
         kv_bytes=settings.kv_memory,
         max_model_len=settings.max_model_len,
@@ -113,7 +115,7 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
         settings.store, min_free_bytes=settings.min_free_bytes, max_generations=settings.max_generations
     )
     store.open()
-    loader = AdapterLoader(runner.model, runner.layers, dtype=runner.dtype, max_rank=settings.max_rank)
+    loader = AdapterLoader(runner.model, dtype=runner.dtype, max_rank=settings.max_rank)
 
     def read(digest: str) -> FoldedAdapter:
         return loader.fold(*store.read(digest))

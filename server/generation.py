@@ -40,7 +40,6 @@ class GenerationTask:
         prompts: texts, or token ids.
         sampling: `max_new_tokens` 0 stands for the default; the i-th sequence of a prompt has the seed plus i.
         adapters: weight by name; empty for the base model.
-        tenant: whose it is; tenants share the engine fairly.
         bad_words: texts that may not come out, as they stand or after a space.
         truncate: keep this many tokens of a prompt, the last ones.
     """
@@ -49,7 +48,6 @@ class GenerationTask:
     sampling: SamplingParams
     num_sequences: int = 1
     adapters: Mapping[str, float] = field(default_factory=dict)
-    tenant: str = ""
     stop: StopRule = field(default_factory=StopRule)
     bad_words: Sequence[str] = ()
     grammar: Grammar | None = None
@@ -80,12 +78,20 @@ class GenerationService:
         self._delivery = delivery
         self._structured = structured
         self._default_max_new_tokens = default_max_new_tokens
+        self._tenant = ""
         self._charge: Charge = charge_nobody
 
-    def for_caller(self, adapters: AdapterDirectory, *, charge: Charge) -> "GenerationService":
-        """The same for one caller: it knows these adapters, and `charge` is told what its requests use."""
+    def for_caller(self, adapters: AdapterDirectory, *, tenant: str, charge: Charge) -> "GenerationService":
+        """The same for one caller.
+
+        Args:
+            adapters: those that it knows.
+            tenant: whose its requests are; tenants share the engine fairly.
+            charge: is told what its requests use.
+        """
         service = copy.copy(self)
         service._adapters = adapters
+        service._tenant = tenant
         service._charge = charge
         return service
 
@@ -113,7 +119,7 @@ class GenerationService:
                     sampling=replace(sampling, seed=(sampling.seed + i % task.num_sequences) % MAX_SEEDS),
                     emit=self._delivery.emitter(group, i),
                     lease=lease,
-                    tenant=task.tenant,
+                    tenant=self._tenant,
                     flow=tuple(sorted(task.adapters)),
                     text=self.codec.stream(ids, task.stop),
                     constraint=constraints[i] if constraints else None,

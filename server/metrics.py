@@ -113,6 +113,8 @@ class _Snapshot(Collector):
             ("loramux_engine_steps", "Steps of the engine.", stats.num_steps),
             ("loramux_prompt_tokens", "Prompt tokens computed, again after a preemption.", stats.num_prompt_tokens),
             ("loramux_generated_tokens", "Tokens generated.", stats.num_generated_tokens),
+            ("loramux_prefix_cache_queries", "Tokens of started requests.", stats.num_prefix_tokens),
+            ("loramux_prefix_cache_hits", "Tokens that were found in the cache.", stats.num_prefix_hit_tokens),
             ("loramux_preemptions", "Requests that gave their cache blocks back.", stats.num_preemptions),
         ):
             yield CounterMetricFamily(name, text, value)

@@ -45,6 +45,8 @@ class Settings(BaseModel):
     max_running: int = Field(32, ge=1, le=1024)
     max_waiting: int = Field(512, ge=1)
     max_step_tokens: int = Field(512, ge=1)
+    target_step_ms: int = Field(300, ge=0)
+    prefix_cache: bool = True
     max_slots: int = Field(32, ge=1, le=1024)
     max_rank: int = Field(256, ge=1)
     max_model_len: int | None = Field(None, ge=2)

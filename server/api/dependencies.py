@@ -59,7 +59,7 @@ async def _generations(request: Request, adapters: Adapters) -> GenerationServic
     caller: Caller = request.state.caller
     limiter: Limiter = request.app.state.limiter
     return request.app.state.generations.for_caller(
-        adapters, charge=lambda num_tokens: limiter.charge(caller, num_tokens)
+        adapters, tenant=caller.tenant, charge=lambda num_tokens: limiter.charge(caller, num_tokens)
     )
 
 

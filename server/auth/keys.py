@@ -112,7 +112,7 @@ def new_key(
         tenant=tenant,
         adapters=None if adapters is None else tuple(adapters),
         limits=limits,
-        created_at=datetime.now(UTC).replace(microsecond=0),
+        created_at=datetime.now(UTC),
         expires_at=expires_at,
     )
     return record, secret

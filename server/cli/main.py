@@ -5,7 +5,11 @@ from typing import Annotated
 
 import typer
 
+from server.cli import adapters, keys
+from server.cli.bench import bench
+from server.cli.chat import chat
 from server.cli.doctor import doctor
+from server.cli.generate import generate
 from server.cli.serve import serve
 
 __all__ = ["app", "main"]
@@ -31,8 +35,10 @@ def root(
         typer.echo(ctx.get_help())
 
 
-app.command()(serve)
-app.command()(doctor)
+for command in (serve, generate, chat, bench, doctor):
+    app.command()(command)
+app.add_typer(adapters.app, name="adapters")
+app.add_typer(keys.app, name="keys")
 
 
 def main() -> None:

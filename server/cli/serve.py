@@ -61,6 +61,15 @@ def serve(
     max_step_tokens: Annotated[
         int, option("--max-step-tokens", "Tokens computed in one step; long prompts are cut to it.")
     ] = DEFAULTS.max_step_tokens,
+    target_step_ms: Annotated[
+        int,
+        option(
+            "--target-step-ms", "Prompts are cut so that a step beside running streams takes this; 0: they are not."
+        ),
+    ] = DEFAULTS.target_step_ms,
+    prefix_cache: Annotated[
+        bool, option("--prefix-cache/--no-prefix-cache", "Keep computed prompts, and compute what they share once.")
+    ] = DEFAULTS.prefix_cache,
     max_slots: Annotated[int, option("--max-slots", "Adapters that can be in use at once.")] = DEFAULTS.max_slots,
     max_rank: Annotated[int, option("--max-rank", "Highest adapter rank accepted.")] = DEFAULTS.max_rank,
     max_model_len: Annotated[

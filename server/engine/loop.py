@@ -53,6 +53,8 @@ class EngineStats:
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     num_preemptions: int = 0
+    num_prefix_tokens: int = 0
+    num_prefix_hit_tokens: int = 0
 
     @property
     def kv_usage(self) -> float:
@@ -94,6 +96,8 @@ class EngineLoop:
             max_running=config.max_running,
             max_step_tokens=config.max_step_tokens,
             fairness=fairness,
+            target_step_s=config.target_step_s,
+            use_prefix_cache=config.use_prefix_cache,
         )
         self._routes = RouteMemo()
         runner.copies.clear()  # another engine's, whose requests had the same numbers
@@ -215,7 +219,9 @@ class EngineLoop:
         num_sampled = 0
         if step.chunks:
             try:
+                begin_s = time.monotonic()
                 num_sampled = self._compute(step)
+                self._scheduler.note_duration(step, time.monotonic() - begin_s)
                 self._num_failed_steps = 0
             except Exception as error:
                 logger.exception("a step of %d requests failed", len(step.chunks))
@@ -290,6 +296,8 @@ class EngineLoop:
             num_prompt_tokens=old.num_prompt_tokens + num_prompt,
             num_generated_tokens=old.num_generated_tokens + num_sampled,
             num_preemptions=scheduler.num_preemptions,
+            num_prefix_tokens=scheduler.num_prefix_tokens,
+            num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
         )
 
 

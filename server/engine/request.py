@@ -167,6 +167,11 @@ class GenerationRequest:
         num_computed: tokens whose keys and values are in the cache.
         block_ids: the cache blocks that hold them.
         num_charged: tokens that its tenant's counter has.
+        priority: lower ones run first, and are preempted last; within one, in order of arrival.
+        cache_salt: only requests with the same one share cached prompts.
+        block_keys: of its full blocks, as far as they were needed (`prefix.PrefixKeys`).
+        num_published: blocks, from the first on, that others can find or that were found.
+        num_cached_tokens: tokens that were found in the cache when it last started.
     """
 
     request_id: str
@@ -188,6 +193,11 @@ class GenerationRequest:
     block_ids: list[int] = field(default_factory=list)
     num_preemptions: int = 0
     num_charged: int = 0
+    priority: int = 0
+    cache_salt: str = ""
+    block_keys: list[bytes] = field(default_factory=list)
+    num_published: int = 0
+    num_cached_tokens: int = 0
     is_finished: bool = False
 
     @property

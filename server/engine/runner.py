@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_core import LoraLinear, Router, SlotBank, attach_slots, wrap_linears
+from lora_core import LoraLinear, ModelSlots, Router, attach_slots, wrap_linears
 from server.engine.attention import DecodeCopies, PagedAttention, use_step
 from server.engine.batch import Batch
 from server.engine.kv_cache import KVCache
@@ -32,6 +32,8 @@ class EngineConfig:
         max_slots: adapters that can be in use at once.
         kv_bytes: memory for keys and values.
         max_model_len: longest sequence, prompt and output together; None for all that model and memory allow.
+        target_step_s: how long a step should take while requests stream; long prompts are cut to it. None: no aim.
+        use_prefix_cache: keep computed prompts, and compute what requests have in common once.
     """
 
     max_running: int = 32
@@ -40,6 +42,8 @@ class EngineConfig:
     block_size: int = 16
     kv_bytes: int = 1 << 30
     max_model_len: int | None = None
+    target_step_s: float | None = None
+    use_prefix_cache: bool = True
 
 
 class ModelRunner:
@@ -73,7 +77,7 @@ class ModelRunner:
         self.reference = make_reference(model, self.facts.vocab_size, self.max_model_len)
         self.router = Router()
         self.layers: dict[str, LoraLinear] = wrap_linears(model, self.router)
-        self.bank: SlotBank = attach_slots(self.layers, config.max_slots, dtype=self.dtype)
+        self.bank: ModelSlots = attach_slots(self.layers, config.max_slots, dtype=self.dtype, model=model)
         self.optimised = optimise(model, self.layers)
 
     def forward(self, batch: Batch) -> Tensor:

@@ -5,19 +5,24 @@ request in steady decoding has one pending token; a new one has its whole prompt
 
     pending = 1            first, so that no prompt delays a running stream
     pending > 1            the rest of the budget, oldest request first
-    waiting                admitted in fair order while there is budget, a place and blocks for their prompt
+    waiting                admitted in turn while there is budget, a place and blocks for their prompt
 
-Out of blocks, the youngest running request gives its blocks back and waits to be computed again from its tokens; the
-oldest always advances. A request whose adapters are still on their way is passed over; one that finds every slot held
-for longer than `max_slot_wait_s` stops those behind it from taking slots, so that its turn comes.
+The turn is by priority, then by fairness over tenants and adapters. What a request's tokens have in common with earlier
+ones of the same adapters is found in the cache and not computed again. Out of blocks, the last running request gives
+its blocks back and waits to be computed again from its tokens; the first always advances, so that no two take turns in
+vain. A request whose adapters are still on their way is passed over; one that finds every slot held for longer than
+`max_slot_wait_s` stops those behind it from taking slots, so that its turn comes.
 """
 
 from bisect import insort
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 
 from server.engine.blocks import BlockPool
 from server.engine.fairness import Fairness
+from server.engine.pacing import Pace
+from server.engine.prefix import PrefixKeys
 from server.engine.request import GenerationRequest
 from server.errors import ServerError
 from server.leases import LeaseState
@@ -58,8 +63,8 @@ class Step:
     failed: list[tuple[GenerationRequest, ServerError]] = field(default_factory=list)
 
 
-def _arrival(request: GenerationRequest) -> int:
-    return request.arrival
+def _order(request: GenerationRequest) -> tuple[int, int]:
+    return request.priority, request.arrival
 
 
 class Scheduler:
@@ -70,7 +75,9 @@ class Scheduler:
         max_running: requests that may run at once.
         max_step_tokens: token budget of a step, at least `max_running`.
         max_slot_wait_s: after this long without a slot a request stops those behind it from taking slots.
-        fairness: the order in which waiting requests start.
+        fairness: the order in which waiting requests of one priority start.
+        target_step_s: prompts are cut so that a step with running streams takes about this long; None for no aim.
+        use_prefix_cache: find and keep computed prompts.
     """
 
     def __init__(
@@ -81,6 +88,8 @@ class Scheduler:
         max_step_tokens: int,
         max_slot_wait_s: float = 1.0,
         fairness: Fairness | None = None,
+        target_step_s: float | None = None,
+        use_prefix_cache: bool = True,
     ) -> None:
         if not 1 <= max_running <= max_step_tokens:
             raise ValueError("max_step_tokens must be at least max_running, which must be at least 1")
@@ -92,13 +101,18 @@ class Scheduler:
         self.running: list[GenerationRequest] = []
         self.num_preemptions = 0
         self._fairness = fairness or Fairness()
+        self.num_prefix_tokens = 0
+        self.num_prefix_hit_tokens = 0
+        self.use_prefix_cache = use_prefix_cache
+        self._pace = Pace(target_step_s)
+        self._keys = PrefixKeys(pool.block_size)
         self._num_arrived = 0
 
     def add(self, request: GenerationRequest, now_s: float) -> None:
         """Queue a request whose tokens, all of them, fit into the pool."""
         request.arrival, request.arrived_s = self._num_arrived, now_s
         self._num_arrived += 1
-        self.waiting.append(request)
+        insort(self.waiting, request, key=_order)
         self._fairness.arrive(request)
 
     def remove(self, request: GenerationRequest) -> None:
@@ -122,23 +136,31 @@ class Scheduler:
         """Record a step as computed; returns the requests whose next token can be sampled, in chunk order."""
         for chunk in step.chunks:
             chunk.request.num_computed = chunk.stop
+            self._publish(chunk.request)
         return [chunk.request for chunk in step.chunks if chunk.is_last]
+
+    def note_duration(self, step: Step, seconds: float) -> None:
+        """Learn from the time that a step took."""
+        num_streams = sum(chunk.num_tokens == 1 for chunk in step.chunks)
+        self._pace.note(num_streams, sum(chunk.num_tokens for chunk in step.chunks) - num_streams, seconds)
 
     def check_integrity(self) -> None:
         """Assert that blocks, queues and leases agree."""
         assert not set(map(id, self.running)) & set(map(id, self.waiting)), "a request runs and waits"
         self.pool.check_integrity([block for request in self.running for block in request.block_ids])
         assert all(not request.block_ids and not request.num_computed for request in self.waiting)
-        assert self.running == sorted(self.running, key=_arrival)
-        assert self.waiting == sorted(self.waiting, key=_arrival)
+        assert self.running == sorted(self.running, key=_order)
+        assert self.waiting == sorted(self.waiting, key=_order)
 
     def _continue_running(self, step: Step) -> int:
         """Give running requests their tokens and blocks; returns the budget that is left."""
-        budget = self.max_step_tokens
-        wanted: dict[int, int] = {}
-        for request in sorted(self.running, key=lambda request: (request.num_pending > 1, request.arrival)):
-            wanted[request.arrival] = min(request.num_pending, budget)
-            budget -= wanted[request.arrival]
+        num_streams = sum(request.num_pending == 1 for request in self.running)
+        wanted = {request.arrival: 1 for request in self.running if request.num_pending == 1}
+        budget = self._pace.max_prompt_tokens(num_streams, self.max_step_tokens - num_streams)
+        for request in self.running:
+            if request.num_pending > 1:
+                wanted[request.arrival] = min(request.num_pending, budget)
+                budget -= wanted[request.arrival]
         for request in list(self.running):
             num_tokens = wanted[request.arrival]
             if num_tokens and request in self.running and self._grow(request, num_tokens, step):
@@ -166,10 +188,10 @@ class Scheduler:
     def _preempt(self, request: GenerationRequest) -> None:
         self.running.remove(request)
         self._free_blocks(request)
-        request.num_computed = 0
+        request.num_computed = request.num_published = 0
         request.num_preemptions += 1
         self.num_preemptions += 1
-        insort(self.waiting, request, key=_arrival)
+        insort(self.waiting, request, key=_order)
 
     def _free_blocks(self, request: GenerationRequest) -> None:
         self.pool.free(request.block_ids)
@@ -180,7 +202,7 @@ class Scheduler:
         before_reservation: set[GenerationRequest] | None = None
         seen: set[GenerationRequest] = set()
         # Those further back cannot start in this step.
-        for request in islice(self._fairness.order(self.waiting), self.max_running):
+        for request in islice(self._in_turn(), self.max_running):
             if before_reservation is not None and request.lease is not None:
                 continue
             seen.add(request)
@@ -194,29 +216,60 @@ class Scheduler:
                 before_reservation = set(seen)
             if state is not LeaseState.READY:
                 continue
-            # Blocks for all of its tokens, so that it is not started only to be preempted.
-            fits = self.pool.blocks_for(request.num_tokens) <= self.pool.num_free - self._num_promised()
-            if budget <= 0 or len(self.running) >= self.max_running or not fits:
+            if budget <= 0 or len(self.running) >= self.max_running:
                 break
-            self._start(request, min(request.num_pending, budget), step, now_s)
+            found = self._find(request)
+            # Blocks for all of its tokens, so that it is not started only to be preempted.
+            needed = self.pool.blocks_for(request.num_tokens) - len(found) + self.pool.count_free(found)
+            if needed > self.pool.num_free - self._num_promised():
+                break
+            self._start(request, found, budget, step, now_s)
             budget -= step.chunks[-1].num_tokens
         if before_reservation is not None:
             for request in self.waiting:
                 if request not in before_reservation and request.lease is not None:
                     request.lease.deactivate()  # it may hold slots from when its turn was earlier
 
-    def _start(self, request: GenerationRequest, num_tokens: int, step: Step, now_s: float) -> None:
+    def _start(self, request: GenerationRequest, found: list[int], budget: int, step: Step, now_s: float) -> None:
         self.waiting.remove(request)
-        insort(self.running, request, key=_arrival)
+        insort(self.running, request, key=_order)
         self._fairness.start()
         if request.admitted_s is None:
             request.admitted_s = now_s
-        blocks = self.pool.allocate(self.pool.blocks_for(num_tokens))
-        request.block_ids = blocks
+        self.pool.share(found)
+        request.num_published = len(found)
+        request.num_computed = request.num_cached_tokens = len(found) * self.pool.block_size
+        num_tokens = min(request.num_pending, budget)
+        blocks = self.pool.allocate(self.pool.blocks_for(request.num_computed + num_tokens) - len(found))
+        request.block_ids = found + blocks
         step.new_blocks += blocks
         self._add_chunk(step, request, num_tokens)
+        self.num_prefix_tokens += request.num_tokens
+        self.num_prefix_hit_tokens += request.num_cached_tokens
 
     def _add_chunk(self, step: Step, request: GenerationRequest, num_tokens: int) -> None:
         chunk = Chunk(request, request.num_computed, num_tokens)
         step.chunks.append(chunk)
         self._fairness.charge(request, chunk.start, chunk.stop)
+
+    def _in_turn(self) -> Iterator[GenerationRequest]:
+        """Waiting requests, the next one first."""
+        for _, group in groupby(list(self.waiting), key=lambda request: request.priority):
+            yield from self._fairness.order(group)
+
+    def _find(self, request: GenerationRequest) -> list[int]:
+        """Cached blocks with the start of a request's tokens; at least the last token is left to be computed."""
+        if not self.use_prefix_cache or request.sampling.prompt_logprobs:  # those come from computing
+            return []
+        num_blocks = (request.num_tokens - 1) // self.pool.block_size
+        return self.pool.find(self._keys.extend(request, num_blocks))
+
+    def _publish(self, request: GenerationRequest) -> None:
+        """Let others find the blocks that have become full."""
+        num_full = request.num_computed // self.pool.block_size
+        if not self.use_prefix_cache or num_full <= request.num_published:
+            return
+        keys = self._keys.extend(request, num_full)
+        for i in range(request.num_published, num_full):
+            self.pool.publish(request.block_ids[i], keys[i])
+        request.num_published = num_full

@@ -18,6 +18,7 @@ EXTERNAL: dict[str, set[str]] = {
     "server.auth": {"pydantic"},
     "server.app": {"fastapi", "torch"},
     "server.cli": {"pydantic", "rich", "typer", "uvicorn"},
+    "server.cli.doctor": {"torch", "typer"},
     "server.demo": {"tokenizers", "torch", "transformers"},
     "server.drain": {"uvicorn"},
     "server.delivery": set(),
@@ -64,7 +65,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "server.schemas": {"server.api", "server.app"},
     "server.api": {"server.app"},
 }
-SETTINGS_READERS = {"server.app", "server.cli.serve", "server.settings"}
+SETTINGS_READERS = {"server.app", "server.cli.doctor", "server.cli.serve", "server.settings"}
 
 
 def _rule(table: dict[str, set[str]], module: str) -> set[str] | None:

@@ -147,6 +147,18 @@ def test_a_keys_own_list_confines_it(guarded: Guarded) -> None:
         assert client.post("/generate", json={"inputs": "x", "parameters": {"max_new_tokens": 1}}).status_code == 200
 
 
+def test_the_engine_is_told_whose_a_request_is(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+    tenants = []
+    submit = guarded.server.engine.submit
+    monkeypatch.setattr(
+        guarded.server.engine, "submit", lambda request: tenants.append(request.tenant) or submit(request)
+    )
+    for key in ("a", "b", "operator"):
+        with guarded.client(key) as client:
+            assert generate(client, "public").status_code == 200
+    assert tenants == ["a", "b", ""]
+
+
 def test_limits_are_held(guarded: Guarded) -> None:
     guarded.add_key("slow", [Scope.GENERATE], limits=KeyLimits(requests_per_minute=2))
     guarded.add_key("small", [Scope.GENERATE], limits=KeyLimits(tokens_per_minute=10))

@@ -110,7 +110,6 @@ def main() -> None:
                 if not can(peer, WORKLOADS[name]):
                     continue
                 measure = measure_in_process if peer in IN_PROCESS else measure_server
-                begin = time.monotonic()
                 try:
                     cell = measure(peer, name, material, args.rounds)
                 except (RuntimeError, TimeoutError, OSError) as error:
@@ -126,8 +125,7 @@ def main() -> None:
                 others = max(cell["other_cpu_share"])
                 flag = "  OTHERS BUSY" if others > MAX_OTHER_SHARE else ""
                 print(
-                    f"{peer:22} {name:5} {best:7.1f} tok/s  others {others:.2f}{flag}  "
-                    f"({time.monotonic() - begin:.0f} s)",
+                    f"{peer:22} {name:5} {best:7.1f} tok/s  others {others:.2f}{flag}",
                     flush=True,
                 )
     print(report.render(found))

@@ -8,7 +8,7 @@ __all__ = ["QUIET", "CpuAccount", "enter_quiet_session", "memory_bytes", "start_
 
 # Set in a process that has a session of its own already.
 QUIET = "LORAMUX_BENCH_QUIET"
-AUTOGROUP_NICE = -15
+AUTOGROUP_NICE = -19
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -48,7 +48,8 @@ class CpuAccount:
     def other_share(self) -> float:
         """Share of the machine that neither this session's processes nor idling used, 0 to 1."""
         total, busy = _machine_ticks()
-        own = _session_ticks() - self._own
+        # Of a process that has ended nothing is left but what its parent has of it.
+        own = sum(ticks - self._own.get(pid, 0) for pid, ticks in _session_ticks().items())
         return max(0.0, (busy - self._busy - own) / max(total - self._total, 1))
 
 
@@ -59,16 +60,16 @@ def _machine_ticks() -> tuple[int, int]:
     return sum(fields), sum(fields) - idle
 
 
-def _session_ticks() -> int:
-    """Ticks of the processes in this session that are alive."""
-    own, ticks = os.getsid(0), 0
+def _session_ticks() -> dict[int, int]:
+    """Ticks of the living processes of this session, with those of their children that have ended."""
+    own, ticks = os.getsid(0), {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:
             continue
         if int(fields[3]) == own:
-            ticks += int(fields[11]) + int(fields[12])
+            ticks[int(stat.parent.name)] = sum(int(field) for field in fields[11:15])
     return ticks
 
 

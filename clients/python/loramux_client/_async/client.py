@@ -10,9 +10,10 @@ import httpx
 
 from loramux_client import _adapters, _generation, _keys
 from loramux_client._async.driver import AsyncDriver, AsyncStream
-from loramux_client._connection import INFO, http_arguments
+from loramux_client._connection import INFO, READY, http_arguments
 from loramux_client._retry import RetryPolicy
 from loramux_client._upload import Progress
+from loramux_client.errors import UnavailableError
 from loramux_client.models import Adapter, ChatAnswer, ChatDelta, Generation, Key, KeyLimits, NewKey, ServerInfo, Token
 from loramux_client.options import Adapters, ChatOptions, GenerateOptions, Message
 
@@ -60,6 +61,14 @@ class AsyncClient:
     async def close(self) -> None:
         """Close the connections. Calling it again does nothing."""
         await self._driver.http.aclose()
+
+    async def is_ready(self) -> bool:
+        """The server takes new requests: it is not starting, draining or broken."""
+        try:
+            await self._driver.run(READY)
+        except UnavailableError:
+            return False
+        return True
 
     async def info(self) -> ServerInfo:
         """What is served, and its limits."""

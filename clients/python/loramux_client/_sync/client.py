@@ -11,9 +11,10 @@ import httpx
 
 from loramux_client import _adapters, _generation, _keys
 from loramux_client._sync.driver import Driver, Stream
-from loramux_client._connection import INFO, http_arguments
+from loramux_client._connection import INFO, READY, http_arguments
 from loramux_client._retry import RetryPolicy
 from loramux_client._upload import Progress
+from loramux_client.errors import UnavailableError
 from loramux_client.models import Adapter, ChatAnswer, ChatDelta, Generation, Key, KeyLimits, NewKey, ServerInfo, Token
 from loramux_client.options import Adapters, ChatOptions, GenerateOptions, Message
 
@@ -61,6 +62,14 @@ class Client:
     def close(self) -> None:
         """Close the connections. Calling it again does nothing."""
         self._driver.http.close()
+
+    def is_ready(self) -> bool:
+        """The server takes new requests: it is not starting, draining or broken."""
+        try:
+            self._driver.run(READY)
+        except UnavailableError:
+            return False
+        return True
 
     def info(self) -> ServerInfo:
         """What is served, and its limits."""
