@@ -4,6 +4,7 @@ Keys on disk are `base_model.model.<module>.<part>`; the adapter's name is not i
 used or the file is refused: nothing is skipped.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -45,13 +46,17 @@ PARTS = {
     ".lora_B.bias": "bias",
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
+    ".lora_embedding_A": "lora_A",
+    ".lora_embedding_B": "lora_B",
 }
+EMBEDDING_A = ".lora_embedding_A"
+BASE_PART = "base weight"
+FULL_WEIGHT = "full weight"
 # PEFT adds it where an embedding is targeted (`save_embedding_layers="auto"`): the base model's, not the adapter's.
 BASE_WEIGHT = ".base_layer.weight"
-# What LoraModel loads, and slots cannot hold yet.
-UNSERVED = (
-    "bias", "layer_replication", "megatron_config", "modules_to_save", "target_parameters", "trainable_token_indices",
-)  # fmt: skip
+# They change the model itself, which all adapters in slots share.
+UNSERVED = ("layer_replication", "megatron_config")
+ROWS_SUFFIX = ".token_adapter.trainable_tokens_delta"
 OLD_MAGNITUDE = ".lora_magnitude_vector.weight"
 
 
@@ -91,12 +96,22 @@ def parse_adapter(config_json: bytes, weights: bytes) -> AdapterWeights:
     config = LoraConfig.from_json(config_json)
     config.require_plain()
     for field in UNSERVED:
-        if getattr(config, field) not in (None, "none"):
+        if getattr(config, field) is not None:
             raise UnsupportedError(f"`{field}` is set in {CONFIG_NAME} and is not supported")
     check_tensors(config, read_header(memoryview(weights), len(weights)))
-    tensors = _load(weights)
-    base_weights = {_split_key(key)[0]: tensors.pop(key) for key in list(tensors) if key.endswith(BASE_WEIGHT)}
-    return AdapterWeights(config, _by_module(tensors), base_weights)
+    modules: dict[str, dict[str, Tensor]] = {}
+    full, embeddings = {}, set()
+    for key, tensor in _load(weights).items():
+        module, part = _split_key(config, key)
+        if part == FULL_WEIGHT:
+            full[module] = tensor
+        else:
+            modules.setdefault(module, {})[part] = tensor
+        if key.endswith(EMBEDDING_A):
+            embeddings.add(module)
+    base_weights = {name: parts.pop(BASE_PART) for name, parts in modules.items() if BASE_PART in parts}
+    loras = {name: LoraTensors(**parts) for name, parts in modules.items()}
+    return AdapterWeights(config, loras, base_weights, full, frozenset(embeddings))
 
 
 def _load(weights: bytes) -> dict[str, Tensor]:
@@ -173,18 +188,16 @@ def check_base_weight(name: str, saved: Tensor | None, layer: nn.Module) -> None
 
 def save_adapter(adapter: AdapterWeights, folder: str | Path) -> None:
     """Write a PEFT adapter folder, creating it; tensors keep their dtype."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
+    tensors = dict(adapter.full)
     for name, part in adapter.modules.items():
+        is_embedding = name in adapter.embeddings
         for suffix, attribute in PARTS.items():
+            is_own = suffix != OLD_MAGNITUDE and (attribute == "magnitude" or ("embedding" in suffix) == is_embedding)
             tensor = getattr(part, attribute)
-            if tensor is not None and not suffix.endswith("vector.weight"):
-                tensors[KEY_PREFIX + name + suffix] = tensor.detach().cpu().contiguous()
-    for name, weight in adapter.base_weights.items():
-        tensors[KEY_PREFIX + name + BASE_WEIGHT] = weight.detach().cpu().contiguous()
-    (folder / WEIGHTS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
-    adapter.config.save(folder)
+            if tensor is not None and is_own:
+                tensors[name + suffix] = tensor
+    tensors |= {name + BASE_WEIGHT: weight for name, weight in adapter.base_weights.items()}
+    write_adapter(adapter.config, tensors, folder)
 
 
 def check_tensors(config: LoraConfig, header: Mapping[str, TensorInfo]) -> dict[str, int]:
@@ -200,9 +213,11 @@ def check_tensors(config: LoraConfig, header: Mapping[str, TensorInfo]) -> dict[
     """
     modules: dict[str, dict[str, TensorInfo]] = {}
     for info in header.values():
-        module, part = _split_key(info.name)
+        module, part = _split_key(config, info.name)
         if info.dtype not in FLOATS:
             raise CheckpointError(f"tensor {info.name!r} has dtype {info.dtype}; adapters hold floats")
+        if part == FULL_WEIGHT:
+            continue
         if part in modules.setdefault(module, {}):
             raise CheckpointError(f"module {module!r} has its {part} twice")
         modules[module][part] = info
@@ -212,12 +227,19 @@ def check_tensors(config: LoraConfig, header: Mapping[str, TensorInfo]) -> dict[
     return {target.name: target.r for target in targets}
 
 
-def _split_key(key: str) -> tuple[str, str]:
+def _split_key(config: LoraConfig, key: str) -> tuple[str, str]:
+    """A key's module and which part of it the tensor is; of a full weight, the whole key without the prefix."""
     if not key.startswith(KEY_PREFIX):
         raise CheckpointError(f"tensor {key[:200]!a} does not start with '{KEY_PREFIX}': not saved by PEFT")
-    for suffix, part in (*PARTS.items(), (BASE_WEIGHT, "base weight")):
+    for suffix, part in (*PARTS.items(), (BASE_WEIGHT, BASE_PART)):
         if key.endswith(suffix) and len(key) > len(KEY_PREFIX) + len(suffix):
             return key[len(KEY_PREFIX) : -len(suffix)], part
+    name = key.removeprefix(KEY_PREFIX)
+    owners = [name[: match.start()] for match in re.finditer(r"\.", name)]
+    is_whole = config.modules_to_save is not None and any(owner.endswith(config.modules_to_save) for owner in owners)
+    is_bias = config.bias != "none" and name.endswith(".bias")
+    if is_whole or is_bias or (config.trainable_token_indices is not None and name.endswith(ROWS_SUFFIX)):
+        return name, FULL_WEIGHT
     raise UnsupportedError(f"tensor {key[:200]!a} belongs to a feature that is not supported")
 
 
@@ -236,26 +258,18 @@ def _check_module(config: LoraConfig, name: str, r: int, parts: Mapping[str, Ten
     if any(len(parts[part].shape) != 2 for part in ("lora_A", "lora_B")):
         raise CheckpointError(f"module {name!r}: lora_A and lora_B must be matrices")
     a, b = parts["lora_A"].shape, parts["lora_B"].shape
-    if a[0] != r or b[1] != r:
+    # A parameter's factors are stacked by experts; its name, and so its rank, is not in the file: folding checks it.
+    is_parameter = config.target_parameters is not None and a[0] == b[1]
+    if (a[0] != r or b[1] != r) and not is_parameter:
         raise TargetError(f"module {name!r}: the configuration says rank {r}, the tensors are {list(a)} and {list(b)}")
-    for part, wanted_shape in (("bias", (b[0],)), ("magnitude", (b[0],)), ("base weight", (b[0], a[1]))):
+    base_shape = (a[1], b[0]) if parts["lora_A"].name.endswith(EMBEDDING_A) else (b[0], a[1])
+    for part, wanted_shape in (("bias", (b[0],)), ("magnitude", (b[0],)), (BASE_PART, base_shape)):
         if part in parts and parts[part].shape != wanted_shape:
             raise CheckpointError(
                 f"module {name!r}: its {part} has shape {list(parts[part].shape)}, not {list(wanted_shape)}"
             )
 
 
-def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, LoraTensors]:
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        module, part = _split_key(key)
-        parts.setdefault(module, {})[part] = tensor
-    return {name: LoraTensors(**part) for name, part in parts.items()}
-
-
 def non_finite_tensor(adapter: AdapterWeights) -> str | None:
     """Name of the first module with a NaN or infinite value in it, or None."""
-    for name, module in adapter.modules.items():
-        if not all(bool(torch.isfinite(t).all()) for t in module.tensors()):
-            return name
-    return None
+    return next((name for name, tensor in adapter.tensors() if not bool(torch.isfinite(tensor).all())), None)

@@ -14,7 +14,7 @@ from lora_core.adapter_module import set_parameter
 from lora_core.config import LoraConfig
 from lora_core.embedding import LoraEmbedding
 from lora_core.errors import ConfigError, UnsupportedError
-from lora_core.layer import LoraLayer, LoraLinear
+from lora_core.layer import LoraLayer, LoraLinear, RemovedFactors
 from lora_core.loftq import loftq
 from lora_core.quant import is_quantized
 
@@ -87,7 +87,9 @@ def olora(weight: Tensor, rank: int, scaling: float) -> Start:
 def initialise(layer: LoraLayer, name: str, config: LoraConfig) -> None:
     """Give a new adapter of a layer its starting values, as `config.init_lora_weights` says.
 
-    Those that take something out of the base weight change it, as in PEFT; a quantized one is quantized again.
+    Those that take something out of the base weight change it, as in PEFT. A quantized one stays as it is, as what was
+    taken out cannot be written back without loss: the layer subtracts it (PEFT has no PiSSA there, and quantizes again
+    for OLoRA). So the adapter can be converted exactly, and others share the base.
     Embeddings always begin with A zero and B normal, whatever is asked for, as in PEFT.
 
     Raises:
@@ -108,12 +110,14 @@ def initialise(layer: LoraLayer, name: str, config: LoraConfig) -> None:
                 nn.init.zeros_(part.bias)
         elif method != "none":
             if not isinstance(layer, LoraLinear):
-                raise ConfigError(f"Unknown initialization init_lora_weights={init!r} for a convolution")
+                raise ConfigError(f"Unknown initialization init_lora_weights={init!r} for a {type(layer).__name__}")
             start = _start(layer, method, part.rank, scaling, config)
             # Rows beyond the singular values stay zero; PEFT makes A and B smaller than the config says.
             part.lora_A.zero_()[: start.lora_A.shape[0]] = start.lora_A
             part.lora_B.zero_()[:, : start.lora_B.shape[1]] = start.lora_B
-            if start.residual is not None:
+            if is_quantized(layer.base_layer) and method != "loftq" and start.residual is not None:
+                layer.removed[name] = RemovedFactors(part.lora_A.clone(), part.lora_B.clone())
+            elif start.residual is not None:
                 _change_base(layer, start.residual)
         layer.reset_magnitude(name)
 

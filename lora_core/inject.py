@@ -14,13 +14,24 @@ from lora_core.embedding import LoraEmbedding
 from lora_core.errors import ConfigError, TargetError, UnsupportedError
 from lora_core.init import gaussian, initialise, kaiming
 from lora_core.layer import LoraLayer, LoraLinear, is_linear
+from lora_core.megatron import LoraParallelLinear, check_megatron, is_parallel_linear
 from lora_core.ops import apply_rows
 from lora_core.parameter import LoraParameter
 from lora_core.routing import Route, Router
 from lora_core.targets import Parts, Target, output_embedding_name, resolve
 from lora_core.whole import ModulesToSave, TrainableTokens
 
-__all__ = ["LoraBias", "inject", "lora_layer", "replicate_layers", "unwrap"]
+__all__ = [
+    "LoraBias",
+    "inject",
+    "layer_kind",
+    "lora_layer",
+    "parameter_layer",
+    "replicate_layers",
+    "token_layer",
+    "unwrap",
+    "whole_module",
+]
 
 
 class LoraBias(LoraLayer):
@@ -56,6 +67,8 @@ def inject(
     out: dict[str, AdapterModule] = {}
     for target in parts.modules:
         out[target.name] = layer = lora_layer(model, router, target.name, is_head=target.name == head)
+        if isinstance(layer, LoraParallelLinear):
+            layer.megatron_config = config.megatron_config
         layer.add_adapter(
             name,
             target.r,
@@ -73,10 +86,7 @@ def inject(
         layer.add_bias(name)
         out[module_name] = layer
     for module_name in parts.whole:
-        whole = _outermost(model, module_name, ModulesToSave)
-        if whole is None:
-            whole = ModulesToSave(model.get_submodule(module_name), router, is_head=module_name == head)
-            _put(model, module_name, whole)
+        whole = whole_module(model, router, module_name, is_head=module_name == head)
         whole.add_adapter(name)
         out[module_name] = whole
     return out | _inject_tokens(model, router, name, parts, head)
@@ -90,7 +100,7 @@ def lora_layer(model: nn.Module, router: Router, name: str, *, is_head: bool = F
         if isinstance(module, LoraLayer):
             return module
         outer, module = module, module.get_base_layer()
-    layer = _kind(module)(module, router, is_head=is_head)
+    layer = layer_kind(module)(module, router, is_head=is_head)
     if outer is None:
         _put(model, name, layer)
     else:
@@ -151,6 +161,7 @@ def replicate_layers(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Non
 
 def _check(config: LoraConfig, parts: Parts, model: nn.Module) -> None:
     """What would otherwise be found out halfway."""
+    check_megatron(config, {target.name: base_of(model.get_submodule(target.name)) for target in parts.modules})
     init = config.init_lora_weights
     is_special = isinstance(init, str) and init.lower() != "gaussian"
     for target in parts.modules:
@@ -176,16 +187,23 @@ def _check(config: LoraConfig, parts: Parts, model: nn.Module) -> None:
         if module in {base_of(model.get_submodule(t.name)) for t in parts.modules}:
             raise TargetError(f"{target.name!r} is targeted as a parameter, and its module as well")
     for name in parts.biases:
-        _kind(base_of(model.get_submodule(name)))
+        layer_kind(base_of(model.get_submodule(name)))
 
 
-def _kind(base: nn.Module) -> type[LoraLayer]:
+def layer_kind(base: nn.Module) -> type[LoraLayer]:
+    """The class that wraps such a module.
+
+    Raises:
+        UnsupportedError: none does.
+    """
     if is_linear(base):
         return LoraLinear
     if isinstance(base, nn.Embedding):
         return LoraEmbedding
     if is_conv(base):
         return LoraConv
+    if is_parallel_linear(base):
+        return LoraParallelLinear
     if type(base).__name__.endswith("Norm") and not isinstance(base, nn.GroupNorm):
         return LoraBias
     raise UnsupportedError(f"the bias of a {type(base).__name__} cannot be trained")
@@ -205,7 +223,7 @@ def _inject_parameters(
         by_module.setdefault(target.name.rpartition(".")[0], []).append(target)
     for module_name, group in by_module.items():
         for place, target in enumerate(group):
-            layer = _parameter_layer(model, router, module_name, target.name.rpartition(".")[2])
+            layer = parameter_layer(model, router, module_name, target.name.rpartition(".")[2])
             layer.add_adapter(name, target.r, target.lora_alpha, target.scaling)
             if starting_values:
                 _start_parameter(layer, name, config.init_lora_weights)
@@ -224,7 +242,8 @@ def _start_parameter(layer: LoraParameter, name: str, init: bool | str) -> None:
                 kaiming(part.lora_A, part.lora_B)
 
 
-def _parameter_layer(model: nn.Module, router: Router, module_name: str, parameter: str) -> LoraParameter:
+def parameter_layer(model: nn.Module, router: Router, module_name: str, parameter: str) -> LoraParameter:
+    """The LoraParameter of a module's parameter, put there if need be, outermost."""
     module = model.get_submodule(module_name)
     outer = module
     while isinstance(module, AdapterModule):
@@ -241,23 +260,32 @@ def _inject_tokens(
 ) -> dict[str, AdapterModule]:
     out: dict[str, AdapterModule] = {}
     for module_name, indices in parts.tokens.items():
-        weight = getattr(base_of(model.get_submodule(module_name)), "weight", None)
-        layer = _token_layer(model, router, module_name, is_head=module_name == head)
+        layer = token_layer(model, router, module_name, head=None if head in parts.tokens else head)
+        layer.is_head = module_name == head
         layer.add_adapter(name, indices)
         out[module_name] = layer
-        if head is None or head == module_name or head in parts.tokens:
-            continue
-        if getattr(base_of(model.get_submodule(head)), "weight", None) is weight:
-            _token_layer(model, router, head, is_head=True, tied_to=layer)
     return out
 
 
-def _token_layer(
-    model: nn.Module, router: Router, name: str, *, is_head: bool, tied_to: TrainableTokens | None = None
-) -> TrainableTokens:
+def token_layer(model: nn.Module, router: Router, name: str, *, head: str | None) -> TrainableTokens:
+    """The TrainableTokens at `name`, put there if need be; and at `head`, if its weight is the same one."""
     found = _outermost(model, name, TrainableTokens)
+    if found is not None:
+        return found
+    found = TrainableTokens(model.get_submodule(name), router, is_head=name == head)
+    _put(model, name, found)
+    if head not in (None, name) and _outermost(model, head, TrainableTokens) is None:
+        output = model.get_submodule(head)
+        if getattr(base_of(output), "weight", None) is found.weight:
+            _put(model, head, TrainableTokens(output, router, is_head=True, tied_to=found))
+    return found
+
+
+def whole_module(model: nn.Module, router: Router, name: str, *, is_head: bool) -> ModulesToSave:
+    """The ModulesToSave at `name`, put there if need be."""
+    found = _outermost(model, name, ModulesToSave)
     if found is None:
-        found = TrainableTokens(model.get_submodule(name), router, is_head=is_head, tied_to=tied_to)
+        found = ModulesToSave(model.get_submodule(name), router, is_head=is_head)
         _put(model, name, found)
     return found
 

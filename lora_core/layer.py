@@ -24,7 +24,16 @@ from lora_core.routing import Key, Route, Router
 from lora_core.slots import LayerSlots
 from lora_core.weights import LoraTensors
 
-__all__ = ["LoraLayer", "LoraLinear", "MagnitudeVector", "is_conv1d", "is_linear", "linear_shape", "linear_weight"]
+__all__ = [
+    "LoraLayer",
+    "LoraLinear",
+    "MagnitudeVector",
+    "RemovedFactors",
+    "is_conv1d",
+    "is_linear",
+    "linear_shape",
+    "linear_weight",
+]
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -74,6 +83,15 @@ class _SharedOutput(Protocol):
         """The member's output, adapters included."""
 
 
+class RemovedFactors(nn.Module):
+    """A0 and B0 that an adapter's initialisation takes out of a quantized weight, which itself stays as it is."""
+
+    def __init__(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("lora_A", lora_A, persistent=False)
+        self.register_buffer("lora_B", lora_B, persistent=False)
+
+
 class LoraLayer(AdapterModule):
     """A layer with adapters; subclasses know the kind of layer.
 
@@ -97,6 +115,7 @@ class LoraLayer(AdapterModule):
         self.lora_dropout = nn.ModuleDict()
         self.lora_magnitude_vector = nn.ModuleDict()
         self.trained_bias = nn.ParameterDict()
+        self.removed = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
@@ -177,7 +196,7 @@ class LoraLayer(AdapterModule):
         self.lora_A[name], self.lora_B[name] = a.to(**place), b.to(**place)
         self.r[name], self.lora_alpha[name], self.scaling[name] = r, lora_alpha, scaling
         if dropout > 0:
-            self.lora_dropout[name] = nn.Dropout(dropout)
+            self.lora_dropout[name] = nn.Dropout(dropout).train(self.base_layer.training)
         if use_dora:
             self.lora_magnitude_vector[name] = MagnitudeVector(torch.empty(self.magnitude_shape(), **place))
 
@@ -190,14 +209,15 @@ class LoraLayer(AdapterModule):
 
     def reset_magnitude(self, name: str) -> None:
         """DoRA's starting value: the norm of every row of W0 + s·B·A."""
-        part = self.tensors(name)
+        part = self.effective(name)
         if part.magnitude is not None:
             one = torch.ones_like(part.magnitude)
             with torch.no_grad():
                 part.magnitude.copy_(1 / dora_gain(one, self.matrix(), part.lora_A, part.lora_B, self.scaling[name]))
 
     def delete(self, name: str) -> None:
-        for parts in (self.lora_A, self.lora_B, self.lora_dropout, self.lora_magnitude_vector, self.trained_bias):
+        vectors = (self.lora_magnitude_vector, self.trained_bias)
+        for parts in (self.lora_A, self.lora_B, self.lora_dropout, self.removed, *vectors):
             if name in parts:
                 del parts[name]
         for numbers in (self.scaling, self.r, self.lora_alpha):
@@ -239,6 +259,15 @@ class LoraLayer(AdapterModule):
         bias = state[2] if len(state) > 2 else None
         return LoraTensors(state[0].flatten(1), state[1].flatten(1), bias, magnitude)
 
+    def effective(self, name: str) -> LoraTensors:
+        """As `tensors`, less what the initialisation took out: s·B·A - s·B0·A0 as one product, and no views then."""
+        part = self.tensors(name)
+        if name not in self.removed:
+            return part
+        gone = cast(Any, self.removed[name])
+        lora_a, lora_b = torch.cat([part.lora_A, gone.lora_A]), torch.cat([part.lora_B, -gone.lora_B], dim=1)
+        return LoraTensors(lora_a, lora_b, part.bias, part.magnitude)
+
     def folded(self, key: Key) -> Folded | None:
         """The adapter folded afresh from its parameters, differentiable (`AdapterSource`)."""
         if not isinstance(key, str) or not (self.has_factors(key) or key in self.trained_bias):
@@ -247,7 +276,7 @@ class LoraLayer(AdapterModule):
         if not self.has_factors(key):
             like = cast(Tensor, trained)
             return Folded(like.new_empty(0, self.in_features), like.new_empty(0, self.out_features), None, trained)
-        part = self.tensors(key)
+        part = self.effective(key)
         out = fold(part, self.scaling[key], None if part.magnitude is None else self.matrix())
         bias = trained if out.bias is None else out.bias if trained is None else out.bias + trained
         dropout = self.lora_dropout[key] if key in self.lora_dropout else None  # noqa: SIM401 - a ModuleDict has no get
@@ -263,7 +292,7 @@ class LoraLayer(AdapterModule):
 
     def delta_matrix(self, name: str) -> Tensor:
         """[O, I]: s·B·A, or diag(gain)·(W0 + s·B·A) - W0 for DoRA."""
-        part = self.tensors(name)
+        part = self.effective(name)
         return weight_change(part, self.scaling[name], None if part.magnitude is None else self.matrix())
 
     def merged_parameters(self, weights: Mapping[str, float]) -> dict[str, Tensor]:

@@ -11,24 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.adapter_module import AdapterModule
-from lora_core.checkpoint import check_base_weight, read_adapter, write_adapter
+from lora_core.checkpoint import read_adapter, write_adapter
 from lora_core.config import LoraConfig
-from lora_core.errors import AdapterNotFoundError, ConfigError, TargetError, UnsupportedError
+from lora_core.convert import subtract_mutated_init, subtracted_config
+from lora_core.errors import AdapterNotFoundError, ConfigError, UnsupportedError
 from lora_core.inject import inject, replicate_layers, unwrap
 from lora_core.layer import LoraLayer
+from lora_core.loading import fill_adapter, plain_adapter
 from lora_core.merging import merge_adapters, unmerge_adapters
 from lora_core.routing import Route, Router, Run
-from lora_core.state import INJECTED, adapter_state, base_embeddings
+from lora_core.state import KEY_PREFIX, adapter_state, base_embeddings
 from lora_core.targets import with_default_targets
 from lora_core.weighted import add_weighted_adapter
 from lora_core.weights import AdapterWeights, LoraTensors
 
-__all__ = ["BASE_NAME", "LoraModel", "get_peft_model", "inject_adapter_in_model"]
+__all__ = ["BASE_NAME", "LoraModel"]
 
 # In `adapter_names`, a row that wants no adapter.
 BASE_NAME = "__base__"
 
-# What one row of a batch wants: an adapter, several with weight 1, or weighted ones.
 RowAdapters = str | Sequence[str] | Mapping[str, float]
 
 
@@ -89,11 +90,12 @@ class LoraModel(nn.Module):
                 adapters.
 
         Raises:
-            AdapterNotFoundError, UnsupportedError: a name does not exist, or adapters are merged.
+            AdapterNotFoundError, ConfigError: a name does not exist, or there is not one for each row.
+            UnsupportedError: adapters are merged, or training checkpoints gradients.
         """
         if adapter_names is None:
             return self.model(*args, **kwargs)
-        with self._rows(adapter_names):
+        with self._rows(adapter_names, args, kwargs):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[RowAdapters] | None = None, **kwargs: Any) -> Any:
@@ -101,11 +103,19 @@ class LoraModel(nn.Module):
         generate = cast(Any, self.model).generate
         if adapter_names is None:
             return generate(*args, **kwargs)
-        with self._rows(adapter_names):
+        with self._rows(adapter_names, args, kwargs):
             return generate(*args, **kwargs)
 
     @contextmanager
-    def _rows(self, adapter_names: Sequence[RowAdapters]) -> Iterator[None]:
+    def _rows(
+        self, adapter_names: Sequence[RowAdapters], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Iterator[None]:
+        inputs = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if inputs is not None and len(inputs) != len(adapter_names):
+            raise ConfigError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(inputs)} respectively."
+            )
         if self.merged_adapters:
             raise UnsupportedError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
@@ -312,43 +322,62 @@ class LoraModel(nn.Module):
         return AdapterWeights(self.peft_config[adapter_name], modules, base_embeddings(self, adapter_name))
 
     def save_pretrained(
-        self, folder: str | Path, adapter_name: str = "default", *, dtype: torch.dtype | None = None
+        self,
+        folder: str | Path,
+        adapter_name: str = "default",
+        *,
+        dtype: torch.dtype | None = None,
+        path_initial_model_for_weight_conversion: str | Path | None = None,
     ) -> None:
-        """Write a PEFT adapter folder; in the parameters' own dtype, or in `dtype`."""
-        self._require(adapter_name)
-        state = adapter_state(self, adapter_name)
-        write_adapter(self.peft_config[adapter_name], state, folder, dtype=dtype)
+        """Write a PEFT adapter folder (into `folder` itself, whatever the adapter's name).
 
-    def load_adapter(self, folder: str | Path, adapter_name: str = "default") -> None:
-        """Add an adapter from a PEFT folder; inactive until `set_adapter`.
+        Args:
+            dtype: of the tensors in the file; the parameters' own by default.
+            path_initial_model_for_weight_conversion: the adapter as it was before training, if its initialisation
+                changed the base (PiSSA, OLoRA, …): what is written is then a plain LoRA of the original base.
 
         Raises:
-            LoraError: the folder is no valid adapter, or does not fit the model, which is as it was then.
+            AdapterNotFoundError: it does not exist.
+            CheckpointError: the initial adapter is not one of this adapter.
         """
-        config, tensors = read_adapter(folder)
-        config.require_plain()
+        self._require(adapter_name)
+        config, state = self.peft_config[adapter_name], adapter_state(self, adapter_name)
+        if path_initial_model_for_weight_conversion is not None:
+            state = subtract_mutated_init(state, read_adapter(path_initial_model_for_weight_conversion)[1])
+            config = subtracted_config(config)
+        write_adapter(config, state, folder, dtype=dtype)
+
+    def subtract_mutated_init(self, output_state_dict: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+        """A trained adapter's state dict minus an initial adapter of this model; see `lora_core.convert`.
+
+        Args:
+            output_state_dict: keys with or without PEFT's prefix, as those of the result.
+            adapter_name: of the initial adapter.
+        """
+        self._require(adapter_name)
+        initial = adapter_state(self, adapter_name, with_base=False)
+        if any(key.startswith(KEY_PREFIX) for key in output_state_dict):
+            initial = {KEY_PREFIX + key: tensor for key, tensor in initial.items()}
+        return subtract_mutated_init(output_state_dict, initial)
+
+    def load_adapter(self, folder: str | Path, adapter_name: str = "default") -> None:
+        """Add an adapter from a PEFT folder; inactive until `set_adapter`. The base weights never change.
+
+        An adapter that was trained on a base changed by "pissa" or "olora" becomes a plain one of twice the rank on the
+        way in; PEFT changes the base instead, for all adapters.
+
+        Raises:
+            LoraError: the folder is no valid adapter, or does not fit the model, which is as it was then; or it was
+                trained on a base that cannot be computed again (code `adapter_needs_conversion`).
+        """
+        config, tensors = plain_adapter(self, *read_adapter(folder))
         self._add(adapter_name, replace(config, inference_mode=False), starting_values=False)
         try:
-            self._fill(adapter_name, tensors)
+            fill_adapter(self, adapter_name, tensors)
         except BaseException:
             self.delete_adapter(adapter_name)
             unwrap(self.model, only_empty=True)
             raise
-
-    @torch.no_grad()
-    def _fill(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        own = adapter_state(self, name, with_base=False)
-        base = base_embeddings(self, name)
-        odd = min(set(own) ^ (set(tensors) - {f"{module}.base_layer.weight" for module in base}), default=None)
-        if odd is not None:
-            raise TargetError(f"the adapter's file and configuration disagree about {odd!r}")
-        for key, parameter in own.items():
-            if parameter.shape != tensors[key].shape:
-                raise TargetError(f"{key!r}: the adapter holds {list(tensors[key].shape)}, not {list(parameter.shape)}")
-        for module in base:
-            check_base_weight(module, tensors.get(f"{module}.base_layer.weight"), self.layers[module].base_layer)
-        for key, parameter in own.items():
-            parameter.copy_(tensors[key])
 
     def _require(self, name: str) -> None:
         if name not in self.peft_config:
@@ -369,22 +398,3 @@ def _weights(row: RowAdapters) -> dict[str, float]:
 def _embeddings_are_tied(model: Any) -> bool:
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     return head is None or head.weight is table.weight
-
-
-def get_peft_model(model: nn.Module, peft_config: LoraConfig, adapter_name: str = "default") -> LoraModel:
-    """`model` with a new adapter, active and trainable; the model itself is changed in place."""
-    return LoraModel(model, peft_config, adapter_name)
-
-
-def inject_adapter_in_model(peft_config: LoraConfig, model: nn.Module, adapter_name: str = "default") -> nn.Module:
-    """Add an adapter to a model and return the model itself, without a wrapper around it; the adapter is active.
-
-    Called again it adds another adapter, inactive. `get_peft_model_state_dict` and `set_peft_model_state_dict` take
-    the model.
-    """
-    lora: LoraModel | None = vars(model).get(INJECTED)
-    if lora is None:
-        vars(model)[INJECTED] = LoraModel(model, peft_config, adapter_name)
-    else:
-        lora.add_adapter(adapter_name, peft_config)
-    return model

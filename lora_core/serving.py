@@ -1,20 +1,76 @@
-"""A model whose adapters live in slots: what a server needs of this package."""
+"""A model whose adapters live in slots: what a server needs of this package.
 
+Folded adapters of linear layers and embeddings go into arenas (`lora_core.slots`); an adapter's full weights (whole
+modules, embedding rows, factors of experts' parameters) go into wrappers, which come into the model when the first
+adapter needs them. Both may happen beside a forward pass: no route uses the slot yet.
+"""
+
+import copy
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora_core.checkpoint import check_base_weight, check_shape
-from lora_core.errors import TargetError
-from lora_core.layer import LoraLinear, is_linear, linear_weight
+from lora_core.adapter_module import AdapterModule, base_of
+from lora_core.checkpoint import ROWS_SUFFIX, check_base_weight, check_shape
+from lora_core.errors import TargetError, UnsupportedError
+from lora_core.inject import layer_kind, lora_layer, parameter_layer, token_layer, whole_module
+from lora_core.layer import LoraLayer, LoraLinear, is_linear, linear_weight
 from lora_core.maths import Folded, fold
+from lora_core.parameter import LoraParameter
 from lora_core.routing import Router
+from lora_core.shared import PackedLinear
 from lora_core.slots import LayerSlots, SlotBank
-from lora_core.targets import match_targets, output_embedding_name
-from lora_core.weights import AdapterWeights
+from lora_core.targets import Parts, Target, output_embedding_name, resolve
+from lora_core.weights import AdapterWeights, LoraTensors
 
-__all__ = ["attach_slots", "fold_adapter", "wrap_linears"]
+__all__ = [
+    "ExpertFactors",
+    "ModelSlots",
+    "ModuleCopy",
+    "Part",
+    "TokenRows",
+    "attach_slots",
+    "fold_adapter",
+    "wrap_linears",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleCopy:
+    """An adapter's own copy of a module."""
+
+    module: nn.Module
+
+    def tensors(self) -> list[Tensor]:
+        return list(self.module.state_dict().values())
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Rows [n, D] of an embedding minus the base's, in float32, and the n tokens that they belong to."""
+
+    indices: tuple[int, ...]
+    change: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        return [self.change]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertFactors:
+    """Factors of a parameter in PEFT's layout, and the scaling of their product."""
+
+    factors: LoraTensors
+    scaling: float
+
+    def tensors(self) -> list[Tensor]:
+        return self.factors.tensors()
+
+
+Part = Folded | ModuleCopy | TokenRows | ExpertFactors
 
 
 def wrap_linears(model: nn.Module, router: Router, names: Iterable[str] | None = None) -> dict[str, LoraLinear]:
@@ -29,45 +85,222 @@ def wrap_linears(model: nn.Module, router: Router, names: Iterable[str] | None =
     head = output_embedding_name(model)
     if names is None:
         names = [n for n, m in model.named_modules() if is_linear(m) and not n.endswith(".base_layer")]
-    out = {}
-    for name in names:
-        module = model.get_submodule(name)
-        if not isinstance(module, LoraLinear):
-            module = LoraLinear(module, router, is_head=name == head)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module)
-        out[name] = module
-    return out
+    return {name: cast(LoraLinear, lora_layer(model, router, name, is_head=name == head)) for name in names}
 
 
-def attach_slots(layers: Mapping[str, LoraLinear], max_slots: int, *, dtype: torch.dtype) -> SlotBank:
-    """Give every layer slots for `max_slots` adapters, held in `dtype`; memory is taken as adapters come."""
-    slots = {
-        name: LayerSlots(layer.in_features, layer.out_features, max_slots, dtype=dtype, device=layer.device)
-        for name, layer in layers.items()
-    }
-    for name, layer in layers.items():
-        layer.slots = slots[name]
-    return SlotBank(slots, max_slots)
+def attach_slots(
+    layers: Mapping[str, LoraLinear], max_slots: int, *, dtype: torch.dtype, model: nn.Module | None = None
+) -> "ModelSlots":
+    """Give every layer slots for `max_slots` adapters, held in `dtype`; memory is taken as adapters come.
+
+    Args:
+        model: where the layers are; needed for adapters that have more than these layers.
+    """
+    return ModelSlots(layers, max_slots, dtype=dtype, model=model)
 
 
-def fold_adapter(adapter: AdapterWeights, layers: Mapping[str, LoraLinear], *, dtype: torch.dtype) -> dict[str, Folded]:
-    """Fold a whole adapter for slots, in float32, then cast to `dtype`.
+class ModelSlots(SlotBank):
+    """The slots of a whole model.
+
+    Args:
+        layers: the model's wrapped linear layers, by name.
+        dtype: of folded adapters.
+        model: without it adapters may touch these layers only.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, LoraLinear], max_slots: int, *, dtype: torch.dtype, model: nn.Module | None = None
+    ) -> None:
+        self._model = nn.Module() if model is None else model
+        self._router = next(iter(layers.values())).router
+        self._dtype = dtype
+        self._head = output_embedding_name(self._model)
+        self._placed: dict[int, list[tuple[Any, Part]]] = {}
+        super().__init__({name: _layer_slots(layer, max_slots, dtype) for name, layer in layers.items()}, max_slots)
+
+    @property
+    def num_bytes(self) -> int:
+        held = [tensor for placed in self._placed.values() for _, part in placed for tensor in part.tensors()]
+        return super().num_bytes + sum(t.numel() * t.element_size() for t in held)
+
+    def load(self, slot: int, modules: Mapping[str, Part]) -> None:
+        """Put a folded adapter into an empty slot.
+
+        Raises:
+            ValueError: the slot is taken or out of range.
+        """
+        folded = {name: part for name, part in modules.items() if isinstance(part, Folded)}
+        for name in folded.keys() - self.layers.keys():
+            layer = lora_layer(self._model, self._router, name, is_head=name == self._head)
+            self.add_layer(name, _layer_slots(layer, self.max_slots, self._dtype))
+        super().load(slot, folded)
+        self._placed[slot] = [
+            (self._place(name, part, slot), part) for name, part in modules.items() if not isinstance(part, Folded)
+        ]
+
+    def free(self, slot: int) -> None:
+        super().free(slot)
+        for holder, _ in self._placed.pop(slot, ()):
+            del holder[slot]
+
+    def _place(self, name: str, part: Part, slot: int) -> dict[Any, Any]:
+        """Give a part to its wrapper; returns the dictionary that holds it."""
+        if isinstance(part, ModuleCopy):
+            copies = whole_module(self._model, self._router, name, is_head=name == self._head).copies
+            copies[slot] = part.module
+            return copies
+        if isinstance(part, TokenRows):
+            rows = token_layer(self._model, self._router, name, head=self._head).slots
+            rows[slot] = (part.indices, part.change)
+            return rows
+        assert isinstance(part, ExpertFactors)
+        module, _, parameter = name.rpartition(".")
+        factors = parameter_layer(self._model, self._router, module, parameter).slots
+        factors[slot] = (part.factors, part.scaling)
+        return factors
+
+
+def _layer_slots(layer: LoraLayer, max_slots: int, dtype: torch.dtype) -> LayerSlots:
+    layer.slots = LayerSlots(layer.in_features, layer.out_features, max_slots, dtype=dtype, device=layer.device)
+    return layer.slots
+
+
+def fold_adapter(adapter: AdapterWeights, model: nn.Module, *, dtype: torch.dtype) -> dict[str, Part]:
+    """Make a whole adapter ready for a slot of `model`: folded in float32, then cast to `dtype`.
+
+    Returns:
+        Its parts by module, or by parameter.
 
     Raises:
-        TargetError: a module is not in `layers` or has another shape there, or folding overflows `dtype`.
+        TargetError: file and configuration disagree for this model, a shape is another, or folding overflows `dtype`.
     """
-    out = {}
-    for target in match_targets(adapter.config, adapter.modules):
-        layer, part = layers.get(target.name), adapter.modules[target.name]
-        if layer is None:
-            raise TargetError(f"the base model has no linear layer {target.name!r}")
-        check_shape(target.name, part, (layer.out_features, layer.in_features))
-        check_base_weight(target.name, adapter.base_weights.get(target.name), layer.base_layer)
-        part = part.map(torch.Tensor.float)
-        weight = None if part.magnitude is None else linear_weight(layer.base_layer).detach().cpu()
-        folded = fold(part, target.scaling, weight).to(dtype)
-        if not all(bool(torch.isfinite(t).all()) for t in folded.tensors()):
-            raise TargetError(f"module {target.name!r} is not finite in {dtype}", code="adapter_not_finite")
-        out[target.name] = folded
-    return out
+    return _Folding(adapter, model, dtype).run()
+
+
+class _Folding:
+    """One adapter's way into parts. `rest` are the full weights that nothing has asked for yet."""
+
+    def __init__(self, adapter: AdapterWeights, model: nn.Module, dtype: torch.dtype) -> None:
+        self.adapter = adapter
+        self.model = model
+        self.dtype = dtype
+        self.rest = dict(adapter.full)
+
+    def run(self) -> dict[str, Part]:
+        parts = resolve(self.adapter.config, self.model)
+        nested = _nested(parts)
+        _check_modules({target.name for target in parts.modules} | set(nested), set(self.adapter.modules))
+        out: dict[str, Part] = {}
+        biases = {name: self._bias(name, parts) for name in parts.biases}
+        for target in parts.modules:
+            out[target.name] = self._folded(target, biases.pop(target.name, None))
+        for name, bias in biases.items():
+            out[name] = Folded(bias.new_empty(0, self._layer_shape(name)[1]), bias.new_empty(0, len(bias)), None, bias)
+        for prefix, target in nested.items():
+            out[target.name] = self._experts(target, self.adapter.modules[prefix])
+        for name in parts.whole:
+            out[name] = self._copy(name)
+        for name, indices in parts.tokens.items():
+            out[name] = self._rows(name, indices)
+        if self.rest:
+            raise TargetError(f"the adapter's file and configuration disagree about {min(self.rest)!r}")
+        for name, part in out.items():
+            if not all(bool(torch.isfinite(t).all()) for t in part.tensors()):
+                raise TargetError(f"module {name!r} is not finite in {self.dtype}", code="adapter_not_finite")
+        return out
+
+    def _take(self, key: str, shape: Iterable[int]) -> Tensor:
+        tensor = self.rest.pop(key, None)
+        if tensor is None:
+            raise TargetError(f"the adapter's file lacks {key!r}, which its configuration names")
+        if list(tensor.shape) != list(shape):
+            raise TargetError(f"{key!r}: the adapter holds {list(tensor.shape)}, not {list(shape)}")
+        return tensor
+
+    def _layer_shape(self, name: str) -> tuple[int, int]:
+        module = self.model.get_submodule(name)
+        while isinstance(module, AdapterModule) and not isinstance(module, LoraLayer):
+            module = module.get_base_layer()
+        if isinstance(module, LoraLayer):
+            return module.out_features, module.in_features
+        return layer_kind(module).shape_of(module)
+
+    def _folded(self, target: Target, bias: Tensor | None) -> Folded:
+        name = target.name
+        part, base = self.adapter.modules[name], base_of(self.model.get_submodule(name))
+        if part.rank != target.r:
+            raise TargetError(f"module {name!r}: the configuration says rank {target.r}, the tensors {part.rank}")
+        check_shape(name, part, self._layer_shape(name))
+        check_base_weight(name, self.adapter.base_weights.get(name), base)
+        part, weight = part.map(Tensor.float), None
+        if part.magnitude is not None:
+            weight = linear_weight(base).detach().cpu()
+            weight = weight.T if isinstance(base, nn.Embedding) else weight
+        out = fold(part, target.scaling, weight)
+        scale = getattr(base, "embed_scale", None)
+        b = out.b if scale is None else out.b * scale.float().cpu()
+        own = out.bias if bias is None else bias if out.bias is None else out.bias + bias
+        return Folded(out.a, b, out.gain, own).to(self.dtype)
+
+    def _bias(self, name: str, parts: Parts) -> Tensor:
+        """What the trained bias adds to the base's, [O]."""
+        own = base_of(self.model.get_submodule(name)).get_parameter("bias").detach()
+        has_lora = any(target.name == name for target in parts.modules)
+        saved = self._take(f"{name}.base_layer.bias" if has_lora else f"{name}.bias", own.shape)
+        return (saved.float() - own.float().cpu()).to(self.dtype)
+
+    def _experts(self, target: Target, part: LoraTensors) -> ExpertFactors:
+        name, r = target.name, target.r
+        module_name, _, parameter = name.rpartition(".")
+        layer = LoraParameter(base_of(self.model.get_submodule(module_name)), Router(), parameter)
+        check_shape(name, part, (layer.out_features, layer.in_features))
+        if part.rank != r * layer.num_experts:
+            raise TargetError(f"{name!r}: the configuration says rank {r}, the tensors have {part.rank} rows")
+        return ExpertFactors(part.map(lambda t: t.to(layer.parameter)), target.scaling)
+
+    def _copy(self, name: str) -> ModuleCopy:
+        module = _blank_copy(name, base_of(self.model.get_submodule(name)))
+        own = module.state_dict()
+        values = {key: self._take(f"{name}.{key}", value.shape) for key, value in own.items()}
+        module.load_state_dict({key: value.to(own[key].dtype) for key, value in values.items()}, assign=False)
+        return ModuleCopy(module.requires_grad_(False).eval())
+
+    def _rows(self, name: str, indices: tuple[int, ...]) -> TokenRows:
+        weight = cast(Tensor, base_of(self.model.get_submodule(name)).weight).detach()
+        if max(indices) >= len(weight):
+            raise TargetError(f"token {max(indices)} is outside of the vocabulary of {len(weight)} tokens")
+        rows = self._take(name + ROWS_SUFFIX, (len(indices), weight.shape[1]))
+        return TokenRows(indices, rows.float().to(weight.device) - weight[list(indices)].float())
+
+
+def _nested(parts: Parts) -> dict[str, Target]:
+    """Targeted parameters by the start of their keys on disk: the last one of a module is outermost."""
+    groups: dict[str, list[Target]] = {}
+    for target in parts.parameters:
+        groups.setdefault(target.name.rpartition(".")[0], []).append(target)
+    return {
+        module + ".base_layer" * (len(group) - 1 - place): target
+        for module, group in groups.items()
+        for place, target in enumerate(group)
+    }
+
+
+def _check_modules(targets: set[str], in_file: set[str]) -> None:
+    extra, missing = sorted(in_file - targets), sorted(targets - in_file)
+    if extra:
+        raise TargetError(f"the file has tensors for {extra[0]!r} ({len(extra)} such modules), which is not targeted")
+    if missing:
+        raise TargetError(
+            f"the configuration targets {missing[0]!r} ({len(missing)} such modules), for which the file has no tensors"
+        )
+
+
+def _blank_copy(name: str, base: nn.Module) -> nn.Module:
+    """A module like `base` to be filled; a linear layer whose weight is packed becomes a plain one again."""
+    if not isinstance(base, PackedLinear):
+        return copy.deepcopy(base)
+    if base.is_transposed:
+        raise UnsupportedError(f"`modules_to_save`: {name!r} is a Conv1D whose weight is packed")
+    weight = base.weight
+    linear = nn.Linear(base.in_features, base.out_features, base.bias is not None, device=weight.device)
+    return linear.to(weight.dtype)

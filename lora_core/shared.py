@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.layer import LoraLinear, linear_shape, linear_weight
+from lora_core.layer import LoraLinear, is_conv1d, linear_shape, linear_weight
 from lora_core.ops.packed import AdapterPacker, GroupAdapters
 from lora_core.packing import PackedWeight
 
@@ -95,6 +95,7 @@ class PackedLinear(nn.Module):
         self._index = index
         self.out_features, self.in_features = linear_shape(layer)
         self.bias = getattr(layer, "bias", None)
+        self.is_transposed = is_conv1d(layer)  # as files hold the weight; here it is [O, I]
 
     @property
     def weight(self) -> Tensor:

@@ -206,6 +206,12 @@ class SlotBank:
                 self.layers[name].trim()
             self._forget_unused_layouts()
 
+    def add_layer(self, name: str, layer: LayerSlots) -> None:
+        """One more layer, empty."""
+        with self._lock:
+            layer.layout = self._layout({})
+            self.layers = {**self.layers, name: layer}
+
     def check_integrity(self) -> None:
         """Assert that extents are disjoint, inside their arenas, and belong to loaded slots."""
         for name, layer in self.layers.items():

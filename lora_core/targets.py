@@ -16,6 +16,7 @@ from lora_core.config import LoraConfig
 from lora_core.conv import is_conv
 from lora_core.errors import ConfigError, TargetError
 from lora_core.layer import is_linear
+from lora_core.megatron import is_parallel_linear
 from lora_core.patterns import MAX_CONFIG_S, Allowance, BoundedPattern
 
 __all__ = [
@@ -153,7 +154,7 @@ def resolve_targets(config: LoraConfig, model: nn.Module) -> list[Target]:
 
 def _can_adapt(module: nn.Module) -> bool:
     base = base_of(module)
-    return is_linear(module) or is_conv(base) or isinstance(base, nn.Embedding)
+    return is_linear(module) or is_conv(base) or isinstance(base, nn.Embedding) or is_parallel_linear(base)
 
 
 def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,6 +1,6 @@
 """The tensors of one adapter as its file holds them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -46,15 +46,25 @@ class AdapterWeights:
 
     Attributes:
         config: its configuration.
-        modules: its tensors by the module's dotted name in the base model.
-        base_weights: weights of the base model itself, by module: PEFT writes those of a targeted output embedding.
+        modules: its LoRA tensors by the module's dotted name in the base model; those of parameters by PEFT's nesting.
+        base_weights: weights of the base model itself, by module: PEFT writes those of targeted embeddings.
+        full: the rest, by key: whole modules' parameters, biases, embedding rows.
+        embeddings: names among `modules` that are embedding tables.
     """
 
     config: LoraConfig
     modules: Mapping[str, LoraTensors]
     base_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    full: Mapping[str, Tensor] = field(default_factory=dict)
+    embeddings: frozenset[str] = frozenset()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors with the name of their module or key."""
+        for name, part in self.modules.items():
+            yield from ((name, tensor) for tensor in part.tensors())
+        yield from self.base_weights.items()
+        yield from self.full.items()
 
     @property
     def num_bytes(self) -> int:
-        tensors = [t for module in self.modules.values() for t in module.tensors()] + list(self.base_weights.values())
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.numel() * t.element_size() for _, t in self.tensors())

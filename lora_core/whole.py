@@ -32,7 +32,7 @@ class ModulesToSave(AdapterModule):
         super().__init__(router, is_head=is_head)
         self.original_module = original_module
         self.modules_to_save = nn.ModuleDict()
-        self.copies: dict[Any, Mapping[str, Tensor]] = {}
+        self.copies: dict[Any, nn.Module] = {}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -63,7 +63,7 @@ class ModulesToSave(AdapterModule):
 
     def merged_parameters(self, weights: Mapping[Any, float]) -> dict[str, Tensor]:
         own = [(weight, found) for key, weight in weights.items() if (found := self._values(key)) is not None]
-        base = dict(base_of(self).named_parameters())
+        base = {path: self._base_value(path) for path in (own[0][1] if own else ())}
         if len(own) == 1 and own[0][0] == 1.0:
             return {path: own[0][1][path].detach().clone() for path in base if path in own[0][1]}
         return {
@@ -78,9 +78,14 @@ class ModulesToSave(AdapterModule):
             return self.original_module(*args, **kwargs)
         return call_by_rows(self.router, route, self._call, *args, **kwargs)
 
+    def _base_value(self, path: str) -> Tensor:
+        """A parameter, or what a packed layer gives out as one."""
+        owner, _, name = path.rpartition(".")
+        return cast(Tensor, getattr(base_of(self).get_submodule(owner), name))
+
     def _values(self, key: Any) -> Mapping[str, Tensor] | None:
         if key in self.copies:
-            return self.copies[key]
+            return self.copies[key].state_dict()
         if isinstance(key, str) and key in self.modules_to_save:
             return self.state(key)
         return None
@@ -92,11 +97,12 @@ class ModulesToSave(AdapterModule):
         if self.original_module is not base_of(self) and len(weights) > len(own):
             raise UnsupportedError("a mix of an adapter that trains a module whole with one that has LoRA on it")
         if len(own) == 1 and weights[own[0]] == 1.0:
-            if isinstance(own[0], str) and own[0] in self.modules_to_save:
-                return self.modules_to_save[own[0]](*args, **kwargs)
-            return functional_call(base_of(self), dict(self.copies[own[0]]), args, kwargs)
+            return self._copy(own[0])(*args, **kwargs)
         mixed = self.merged_parameters({key: weights[key] for key in own})
-        return functional_call(base_of(self), mixed, args, kwargs)
+        return functional_call(self._copy(own[0]), mixed, args, kwargs)
+
+    def _copy(self, key: Any) -> nn.Module:
+        return self.copies[key] if key in self.copies else self.modules_to_save[key]
 
 
 class TrainableTokens(AdapterModule):
@@ -123,7 +129,7 @@ class TrainableTokens(AdapterModule):
         self.base_layer = base_layer
         self.trainable_tokens_delta = nn.ParameterDict()
         self.token_indices: dict[str, tuple[int, ...]] = {}
-        self.slots: dict[Any, tuple[tuple[int, ...], Tensor]] = {}
+        self.slots: dict[Any, tuple[tuple[int, ...], Tensor]] = {}  # tokens, and their rows minus the base's
         self._tied_to = [tied_to]  # in a list, so that it is no submodule
 
     @property
@@ -169,7 +175,7 @@ class TrainableTokens(AdapterModule):
             found = self._rows(key)
             if found is not None:
                 index = torch.tensor(found[0], device=weight.device)
-                out[index] = (out[index].float() + factor * self._change(index, found[1].detach())).to(out.dtype)
+                out[index] = (out[index].float() + factor * found[1].detach()).to(out.dtype)
         return {"weight": out}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -185,10 +191,10 @@ class TrainableTokens(AdapterModule):
             found = self._rows(key)
             if found is None:
                 continue
-            index, values = torch.tensor(found[0], device=y.device), found[1]
+            index = torch.tensor(found[0], device=y.device)
             for segment in segments:
                 rows = slice(segment.start * per_row, segment.stop * per_row)
-                change = segment.weight * self._change(index, values)
+                change = segment.weight * found[1]
                 if is_embedding:
                     out[rows] = _add_to_tokens(out[rows], inputs[rows], index, change * self._embed_scale)
                 else:
@@ -200,17 +206,15 @@ class TrainableTokens(AdapterModule):
     def _embed_scale(self) -> Any:
         return getattr(base_of(self), "embed_scale", 1.0)
 
-    def _change(self, index: Tensor, values: Tensor) -> Tensor:
-        """[n, D] in float32: new rows minus the base's."""
-        return values.float() - self.weight[index].float()
-
     def _rows(self, key: Key) -> tuple[tuple[int, ...], Tensor] | None:
+        """An adapter's tokens [n] and the change [n, D] of their rows, in float32."""
         source = self._tied_to[0] or self
         if key in source.slots:
             return source.slots[key]
         if not isinstance(key, str) or key not in source.token_indices:
             return None
-        return source.token_indices[key], source.trainable_tokens_delta[key]
+        indices = source.token_indices[key]
+        return indices, source.trainable_tokens_delta[key].float() - self.weight[list(indices)].float()
 
 
 def _add_to_tokens(y: Tensor, ids: Tensor, index: Tensor, change: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,13 +17,20 @@ from server.adapters.loader import AdapterLoader, BankSlots, FoldedAdapter
 from server.adapters.registry import AdapterRegistry
 from server.adapters.service import AdapterService
 from server.adapters.store import AdapterStore
+from server.api.authentication import Authentication
+from server.api.draining import DrainGate
 from server.api.envelopes import install_error_handlers
 from server.api.middleware import BodyLimit, RequestId
 from server.api.model_names import BASE_NAME, ModelNames
+from server.api.openapi import install_openapi
 from server.api.routers import ROUTERS
+from server.auth.audit import AuditLog
+from server.auth.key_file import KeyFile
+from server.auth.limits import Limiter
 from server.delivery import Delivery
 from server.demo import demo_adapters
 from server.demo.model import ensure_demo_model
+from server.drain import Drain
 from server.engine import EngineConfig, EngineLoop, ModelRunner, load_runner
 from server.engine.selfcheck import check_against_reference
 from server.errors import InvalidRequestError, NotFoundError
@@ -41,6 +48,7 @@ __all__ = ["Server", "build_server", "create_app"]
 logger = logging.getLogger(__name__)
 
 DEMO = "demo"
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 UNKNOWN_FREE_BYTES = 4 << 30
 UPLOAD_OVERHEAD_BYTES = 1 << 20  # multipart framing and the config beside the weights
 Report = Callable[[str], None]
@@ -61,6 +69,9 @@ class Server:
     names: ModelNames
     metrics: Metrics
     info: Info
+    keys: KeyFile | None
+    audit: AuditLog | None
+    drain: Drain = field(default_factory=Drain)
 
     def close(self) -> None:
         """Stop everything; open requests fail. Calling it again does nothing."""
@@ -68,6 +79,8 @@ class Server:
         self.structured.close()
         self.registry.close()
         self.store.close()
+        if self.audit is not None:
+            self.audit.close()
 
 
 def build_server(settings: Settings, report: Report = logger.info) -> Server:
@@ -76,6 +89,7 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
     Raises:
         ServerError: the model, the store or a named adapter cannot be used; says which and why.
     """
+    keys, audit = _access(settings)
     num_threads = settings.threads or torch.get_num_threads()
     path, model_id = _model_path(settings, report)
     torch.set_num_threads(1)  # see EngineLoop: no team of threads but the engine's
@@ -101,7 +115,7 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
         settings.store, min_free_bytes=settings.min_free_bytes, max_generations=settings.max_generations
     )
     store.open()
-    loader = AdapterLoader(runner.model, runner.layers, dtype=runner.dtype, max_rank=settings.max_rank)
+    loader = AdapterLoader(runner.model, dtype=runner.dtype, max_rank=settings.max_rank)
 
     def read(digest: str) -> FoldedAdapter:
         return loader.fold(*store.read(digest))
@@ -140,6 +154,8 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
             max_slots=settings.max_slots,
         ),
         info=_info(settings, runner, model_id),
+        keys=keys,
+        audit=audit,
     )
 
 
@@ -165,18 +181,50 @@ def create_app(server: Server, settings: Settings) -> FastAPI:
     app.state.names = server.names
     app.state.metrics = server.metrics
     app.state.info = server.info
+    app.state.keys = server.keys
+    app.state.drain = server.drain
+    app.state.limiter = Limiter()
     app.state.fingerprint = _fingerprint(server.info)
     for router in ROUTERS:
         app.include_router(router)
     install_error_handlers(app)
+    install_openapi(app)
     app.add_middleware(
         BodyLimit,
         max_json_bytes=settings.max_json_bytes,
         max_upload_bytes=settings.max_upload_bytes + UPLOAD_OVERHEAD_BYTES,
         upload_prefix="/admin/adapters",
     )
-    app.add_middleware(RequestId)
+    app.add_middleware(
+        Authentication,
+        keys=server.keys,
+        limiter=app.state.limiter,
+        audit=server.audit,
+        open_metrics=settings.open_metrics,
+    )
+    app.add_middleware(DrainGate, drain=server.drain)
+    app.add_middleware(RequestId)  # the last one added is the first to be asked
     return app
+
+
+def _access(settings: Settings) -> tuple[KeyFile | None, AuditLog | None]:
+    """The keys and the audit log, ready for use."""
+    keys = None if settings.keys is None else KeyFile(settings.keys)
+    if keys is not None:
+        keys.load()
+    elif settings.host not in LOOPBACK and not settings.allow_open:
+        raise InvalidRequestError(
+            f"on {settings.host} others can reach the server: give it `--keys FILE`, or say `--allow-open` if "
+            "something else keeps strangers out",
+            code="open_on_public_address",
+        )
+    path = settings.audit_log
+    if path is None and settings.keys is not None:
+        path = settings.keys.with_name("audit.jsonl")
+    audit = None if path is None else AuditLog(path)
+    if audit is not None:
+        audit.open()
+    return keys, audit
 
 
 def _model_path(settings: Settings, report: Report) -> tuple[Path, str]:

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 
 from server.engine import EngineLoop, Event, Failed, Finished, GenerationRequest, Token, TokenLogprob
 
-__all__ = ["Delivery", "Generation", "GenerationGroup", "Timing"]
+__all__ = ["Charge", "Delivery", "Generation", "GenerationGroup", "Timing", "charge_nobody"]
+
+Charge = Callable[[int], None]
+"""Takes numbers of tokens that a caller has used; on the event loop."""
+
+
+def charge_nobody(num_tokens: int) -> None:
+    """Where nobody's tokens are counted."""
 
 
 class Delivery:
@@ -92,7 +99,8 @@ class GenerationGroup:
         adapter_generations: by name, of the adapters that answer.
     """
 
-    def __init__(self, engine: EngineLoop) -> None:
+    def __init__(self, engine: EngineLoop, charge: Charge = charge_nobody) -> None:
+        self._charge = charge
         self.timing = Timing()
         self.generations: list[Generation] = []
         self.adapter_generations: Mapping[str, int] = {}
@@ -106,6 +114,8 @@ class GenerationGroup:
 
     def put(self, index: int, event: Event) -> None:
         """On the event loop: take an event from the engine."""
+        if not isinstance(event, Token):
+            self._charge(len(self.generations[index].request.output_ids))
         if self.timing.first_token_s is None and isinstance(event, Token):
             self.timing.first_token_s = time.monotonic()
         elif isinstance(event, Finished):

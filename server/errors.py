@@ -7,6 +7,8 @@ is stable and listed in the README. Messages are for people: they name values an
     ├── InvalidRequestError    a value is wrong                      kind "validation"
     │   └── ContextLengthError prompt and output do not fit
     ├── InvalidAdapterError    an adapter is understood and refused  kind "unprocessable"
+    ├── AuthenticationError    no valid key                          kind "authentication"
+    ├── ForbiddenError         the key does not reach so far         kind "forbidden"
     ├── NotFoundError          unknown adapter or route              kind "not_found"
     ├── ConflictError          changed under you, or in use          kind "conflict"
     ├── TooLargeError          more bytes than allowed               kind "too_large"
@@ -19,8 +21,10 @@ is stable and listed in the README. Messages are for people: they name values an
 from collections.abc import Mapping
 
 __all__ = [
+    "AuthenticationError",
     "ConflictError",
     "ContextLengthError",
+    "ForbiddenError",
     "GenerationError",
     "InvalidAdapterError",
     "InvalidRequestError",
@@ -83,6 +87,16 @@ class ContextLengthError(InvalidRequestError):
 class InvalidAdapterError(ServerError):
     kind = "unprocessable"
     code = "adapter_invalid"
+
+
+class AuthenticationError(ServerError):
+    kind = "authentication"
+    code = "invalid_api_key"
+
+
+class ForbiddenError(ServerError):
+    kind = "forbidden"
+    code = "scope_missing"
 
 
 class NotFoundError(ServerError):

@@ -1,15 +1,16 @@
 """From a prompt in a request to a stream of tokens: the one way into the engine."""
 
 import asyncio
+import copy
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from server.delivery import Delivery, GenerationGroup
+from server.delivery import Charge, Delivery, GenerationGroup, charge_nobody
 from server.engine import EngineLoop, GenerationRequest, SamplingParams
 from server.engine.ports import AdapterLease
-from server.errors import ContextLengthError, InvalidRequestError, UnavailableError
+from server.errors import ContextLengthError, InvalidRequestError
 from server.structured import Grammar, StructuredOutput, TokenMasks
 from server.text import StopRule, TextCodec
 
@@ -77,11 +78,22 @@ class GenerationService:
         self._delivery = delivery
         self._structured = structured
         self._default_max_new_tokens = default_max_new_tokens
-        self._is_draining = False
+        self._tenant = ""
+        self._charge: Charge = charge_nobody
 
-    def drain(self) -> None:
-        """Take no new work; what runs goes on."""
-        self._is_draining = True
+    def for_caller(self, adapters: AdapterDirectory, *, tenant: str, charge: Charge) -> "GenerationService":
+        """The same for one caller.
+
+        Args:
+            adapters: those that it knows.
+            tenant: whose its requests are; tenants share the engine fairly.
+            charge: is told what its requests use.
+        """
+        service = copy.copy(self)
+        service._adapters = adapters
+        service._tenant = tenant
+        service._charge = charge
+        return service
 
     async def start(self, task: GenerationTask) -> GenerationGroup:
         """Submit a task's sequences: all of them, those of the first prompt first, or none.
@@ -89,9 +101,7 @@ class GenerationService:
         Raises:
             ServerError: unknown adapter, prompt too long, queue full, and so on; nothing was started then.
         """
-        if self._is_draining:
-            raise UnavailableError("the server is shutting down", code="draining")
-        group = GenerationGroup(self.engine)
+        group = GenerationGroup(self.engine, self._charge)
         leases: list[NamedLease | None] = []
         num_submitted = 0
         try:
@@ -100,6 +110,7 @@ class GenerationService:
                 group.adapter_generations = leases[0].generations
             prompts, constraints = await asyncio.to_thread(self._prepare, task)
             sampling = self._checked_sampling(task, prompts)
+            self._charge(sum(map(len, prompts)))
             for i, lease in enumerate(leases):
                 ids = prompts[i // task.num_sequences]
                 request = GenerationRequest(
@@ -108,6 +119,8 @@ class GenerationService:
                     sampling=replace(sampling, seed=(sampling.seed + i % task.num_sequences) % MAX_SEEDS),
                     emit=self._delivery.emitter(group, i),
                     lease=lease,
+                    tenant=self._tenant,
+                    flow=tuple(sorted(task.adapters)),
                     text=self.codec.stream(ids, task.stop),
                     constraint=constraints[i] if constraints else None,
                 )
@@ -127,7 +140,7 @@ class GenerationService:
         prompts = [self._encode(prompt, task) for prompt in task.prompts]
         if task.grammar is None:
             return prompts, []
-        return prompts, [self._structured.open(task.grammar) for _ in range(len(prompts) * task.num_sequences)]
+        return prompts, self._structured.open(task.grammar, len(prompts) * task.num_sequences)
 
     def _encode(self, prompt: str | Sequence[int], task: GenerationTask) -> list[int]:
         if isinstance(prompt, str):

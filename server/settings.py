@@ -15,6 +15,10 @@ class Settings(BaseModel):
 
     Attributes:
         model: "demo", or a local Hugging Face folder.
+        keys: file of API keys; None lets everybody do everything.
+        audit_log: by default beside the keys, if there are any.
+        allow_open: on an address that others can reach, too.
+        drain_timeout_s: how long running requests may take once the server is told to stop.
         slot_memory, host_memory: None for a quarter of what is free once the model is loaded.
         model_aliases: more names for the base model, which some clients send when nobody named one.
         adapters: adapters to import at the start, folder by name; a name that the store knows already is left alone.
@@ -26,6 +30,11 @@ class Settings(BaseModel):
     store: Path = Path("store")
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
+    keys: Path | None = None
+    audit_log: Path | None = None
+    allow_open: bool = False
+    open_metrics: bool = False
+    drain_timeout_s: float = Field(30.0, ge=0, le=3600)
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     adapters: dict[str, Path] = Field(default_factory=dict)

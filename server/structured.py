@@ -64,8 +64,8 @@ class StructuredOutput:
         self._codec = codec
         self._workers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loramux-grammar")
 
-    def open(self, grammar: Grammar) -> "TokenMasks":
-        """The constraint for one sequence; milliseconds, so not on the event loop.
+    def open(self, grammar: Grammar, num_sequences: int = 1) -> list["TokenMasks"]:
+        """A constraint for each sequence; milliseconds, so not on the event loop.
 
         Raises:
             InvalidRequestError: the grammar is malformed, too large or says something that is not supported.
@@ -77,7 +77,8 @@ class StructuredOutput:
         matcher = LLMatcher(trie, _compile(grammar), log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise _refusal(grammar, matcher.get_error())
-        return TokenMasks(matcher, self._codec.vocab_size, self._workers)
+        matchers = [matcher, *(matcher.deep_copy() for _ in range(num_sequences - 1))]
+        return [TokenMasks(matcher, self._codec.vocab_size, self._workers) for matcher in matchers]
 
     def close(self) -> None:
         self._workers.shutdown(wait=False, cancel_futures=True)

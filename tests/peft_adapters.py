@@ -26,6 +26,35 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dora16": {"r": 16, "lora_alpha": 32, "use_dora": True},
 }
 
+# Adapters with more than LoRA on linear layers; "{embedding}" and "{norm}" stand for the architecture's names.
+FULL_WEIGHTS: dict[str, dict[str, Any]] = {
+    "embedding": {"r": 4, "target_modules": ["{embedding}"]},
+    "whole": {"r": 4, "modules_to_save": ["{norm}", "lm_head"]},
+    "tokens": {"r": 4, "trainable_token_indices": [5, 9, 17]},
+    "biases": {"r": 4, "bias": "all"},
+}
+NAMES = {
+    "gpt2": {"embedding": "wte", "norm": "ln_f"},
+    "opt": {"embedding": "embed_tokens", "norm": "decoder.final_layer_norm"},
+}
+
+
+def variants(architecture: str) -> dict[str, dict[str, Any]]:
+    """All variants that exist for an architecture."""
+    names = NAMES.get(architecture, {"embedding": "embed_tokens", "norm": "model.norm"})
+
+    def fill(value: Any) -> Any:
+        return (
+            [item.format(**names) if isinstance(item, str) else item for item in value]
+            if isinstance(value, list)
+            else value
+        )
+
+    full = {name: {key: fill(value) for key, value in config.items()} for name, config in FULL_WEIGHTS.items()}
+    if architecture not in ("gpt2", "opt", "qwen2"):
+        del full["biases"]
+    return VARIANTS | full
+
 
 def peft_model(
     base: PreTrainedModel, architecture: str, seed: int, *, std: float = 0.2, **config: Any
@@ -42,6 +71,8 @@ def peft_model(
                 parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
             elif "lora_" in name:
                 parameter.normal_(std=std)
+            elif parameter.requires_grad:  # whole modules, rows, biases
+                parameter.add_(torch.randn_like(parameter) * std)
     return model
 
 

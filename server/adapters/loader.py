@@ -10,15 +10,12 @@ from torch import nn
 from lora_core import (
     AdapterWeights,
     LoraError,
-    LoraLinear,
-    SlotBank,
-    TargetError,
+    ModelSlots,
+    Part,
     fold_adapter,
     parse_adapter,
-    resolve_targets,
 )
 from lora_core.checkpoint import non_finite_tensor
-from lora_core.maths import Folded
 from server.adapters.tiers import HostAdapter
 from server.errors import InvalidAdapterError
 
@@ -29,7 +26,7 @@ __all__ = ["AdapterLoader", "BankSlots", "FoldedAdapter"]
 class FoldedAdapter:
     """An adapter folded for the served model (`HostAdapter`): arrays by layer name."""
 
-    modules: Mapping[str, Folded]
+    modules: Mapping[str, Part]
     num_bytes: int
 
 
@@ -38,16 +35,12 @@ class AdapterLoader:
 
     Args:
         model: the served model, with its linear layers wrapped.
-        layers: these layers by name.
         dtype: of the folded arrays, the model's own.
         max_rank: highest rank that is accepted.
     """
 
-    def __init__(
-        self, model: nn.Module, layers: Mapping[str, LoraLinear], *, dtype: torch.dtype, max_rank: int
-    ) -> None:
+    def __init__(self, model: nn.Module, *, dtype: torch.dtype, max_rank: int) -> None:
         self._model = model
-        self._layers = layers
         self._dtype = dtype
         self._max_rank = max_rank
 
@@ -72,17 +65,11 @@ class AdapterLoader:
         bad = non_finite_tensor(adapter)
         if bad is not None:
             raise InvalidAdapterError(f"module {bad!r} holds NaN or infinite values", code="adapter_not_finite")
-        rank = max(part.rank for part in adapter.modules.values())
+        rank = max((part.rank for part in adapter.modules.values()), default=0)
         if rank > self._max_rank:
             raise InvalidAdapterError(
                 f"the adapter has rank {rank}, at most {self._max_rank} is allowed", code="adapter_rank_too_large"
             )
-        try:
-            targets = {target.name for target in resolve_targets(adapter.config, self._model)}
-            if targets != set(adapter.modules):
-                raise TargetError(_disagreement(targets, set(adapter.modules)))
-        except LoraError as error:
-            raise InvalidAdapterError(str(error), code=error.code) from error
         folded = self._fold(adapter)
         return {
             "type": "dora" if adapter.config.use_dora else "lora",
@@ -102,24 +89,17 @@ class AdapterLoader:
 
     def _fold(self, adapter: AdapterWeights) -> FoldedAdapter:
         try:
-            modules = fold_adapter(adapter, self._layers, dtype=self._dtype)
+            modules = fold_adapter(adapter, self._model, dtype=self._dtype)
         except LoraError as error:
             raise InvalidAdapterError(str(error), code=error.code) from error
         num_bytes = sum(t.numel() * t.element_size() for folded in modules.values() for t in folded.tensors())
         return FoldedAdapter(modules, num_bytes)
 
 
-def _disagreement(targets: set[str], in_file: set[str]) -> str:
-    missing, extra = sorted(targets - in_file), sorted(in_file - targets)
-    if extra:
-        return f"the file has tensors for {extra[0]!r} ({len(extra)} such modules), which is not targeted"
-    return f"the configuration targets {missing[0]!r} ({len(missing)} such modules), for which the file has no tensors"
-
-
 class BankSlots:
     """The engine's slot bank as the registry sees it (`SlotStore`)."""
 
-    def __init__(self, bank: SlotBank) -> None:
+    def __init__(self, bank: ModelSlots) -> None:
         self._bank = bank
 
     @property

@@ -27,7 +27,8 @@ __all__ = [
     "split_reference",
 ]
 
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+# Before the mark, a tenant: see server.tenancy.
+NAME_PATTERN = re.compile(r"([a-z0-9][a-z0-9-]{0,31}~)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 LABEL_PATTERN = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?")
 DIGEST_PATTERN = re.compile(r"[0-9a-f]{64}")
 FORMAT = 2

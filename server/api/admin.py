@@ -5,7 +5,6 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request
 
-from server.adapters.service import AdapterService
 from server.adapters.store import AdapterRecord
 from server.api.dependencies import Adapters
 from server.api.upload_form import OPENAPI_BODY, read_upload_form
@@ -17,6 +16,7 @@ from server.schemas.admin import (
     GenerationList,
     PromoteRequest,
 )
+from server.tenancy import CallerAdapters
 
 __all__ = ["adapter_info", "router"]
 
@@ -89,6 +89,6 @@ async def rollback(name: str, adapters: Adapters, body: ExpectedGeneration = NOT
     return adapter_info(adapters, record)
 
 
-def adapter_info(adapters: AdapterService, record: AdapterRecord) -> AdapterInfo:
+def adapter_info(adapters: CallerAdapters, record: AdapterRecord) -> AdapterInfo:
     """A generation as answers show it."""
     return AdapterInfo.of(adapters.view(record))

@@ -10,11 +10,13 @@ from fastapi.responses import Response
 
 from server.api.dependencies import OpenAIServices
 from server.api.openai import FINISH_REASONS, OpenAICall, Services, adapter_header, random_seed, respond
+from server.api.openapi import STREAM
 from server.api.tgi_answer import finite_logprob
 from server.api.tools import CalledTool, ToolReader, Tools, open_tools
 from server.delivery import Generation
 from server.engine import FinishReason, Token
 from server.generation import GenerationTask
+from server.schemas.answers import ChatAnswer
 from server.schemas.chat import ChatRequest
 from server.text import StopRule
 
@@ -22,8 +24,10 @@ __all__ = ["router"]
 
 router = APIRouter(tags=["generation"])
 
+ANSWER: dict[int | str, dict[str, Any]] = {200: {"model": ChatAnswer, "content": STREAM}}
 
-@router.post("/v1/chat/completions", response_class=Response)
+
+@router.post("/v1/chat/completions", response_class=Response, responses=ANSWER)
 async def chat_completions(body: ChatRequest, request: Request, services: OpenAIServices) -> Response:
     """Continue a conversation, rendered with the model's own chat template."""
     call = ChatCall(body, services, adapter_header(request))

@@ -9,10 +9,12 @@ from fastapi.responses import Response
 
 from server.api.dependencies import OpenAIServices
 from server.api.openai import FINISH_REASONS, OpenAICall, Services, adapter_header, random_seed, respond
+from server.api.openapi import STREAM
 from server.api.tgi_answer import finite_logprob
 from server.delivery import Generation
 from server.engine import Token
 from server.generation import GenerationTask
+from server.schemas.answers import CompletionAnswer
 from server.schemas.completions import CompletionRequest
 from server.text import StopRule, TextCodec
 
@@ -20,8 +22,10 @@ __all__ = ["router"]
 
 router = APIRouter(tags=["generation"])
 
+ANSWER: dict[int | str, dict[str, Any]] = {200: {"model": CompletionAnswer, "content": STREAM}}
 
-@router.post("/v1/completions", response_class=Response)
+
+@router.post("/v1/completions", response_class=Response, responses=ANSWER)
 async def completions(body: CompletionRequest, request: Request, services: OpenAIServices) -> Response:
     """Continue one or several prompts."""
     return await respond(request, CompletionCall(body, services, adapter_header(request)))

@@ -1,49 +1,78 @@
-"""What routes get from the application, as named types."""
+"""What routes get from the application, as named types. Adapters, names and generations are those of the caller."""
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from fastapi import Depends, Request
 
-from server.adapters.service import AdapterService
 from server.api.model_names import ModelNames
 from server.api.openai import Services
+from server.auth.caller import Caller
+from server.auth.key_file import KeyFile
+from server.auth.limits import Limiter
+from server.errors import InvalidRequestError
 from server.generation import GenerationService
 from server.metrics import Metrics
 from server.schemas.system import Info
+from server.tenancy import CallerAdapters, Note
 
-__all__ = ["Adapters", "Generations", "Names", "OpenAIServices", "ServedMetrics", "ServedModel"]
-
-
-def _adapters(request: Request) -> AdapterService:
-    return request.app.state.adapters
+__all__ = ["Adapters", "Generations", "Keys", "Names", "Noted", "OpenAIServices", "ServedMetrics", "ServedModel"]
 
 
-def _generations(request: Request) -> GenerationService:
-    return request.app.state.generations
+async def _note(request: Request) -> Note:
+    return getattr(request.state, "note", _forget)
 
 
-def _metrics(request: Request) -> Metrics:
+def _forget(facts: Mapping[str, object]) -> None:
+    """Where there is no audit log."""
+
+
+async def _keys(request: Request) -> KeyFile:
+    keys = request.app.state.keys
+    if keys is None:
+        raise InvalidRequestError("this server runs without keys: start it with `--keys`", code="keys_disabled")
+    return keys
+
+
+async def _metrics(request: Request) -> Metrics:
     return request.app.state.metrics
 
 
-def _names(request: Request) -> ModelNames:
-    return request.app.state.names
-
-
-def _info(request: Request) -> Info:
+async def _info(request: Request) -> Info:
     return request.app.state.info
 
 
-Adapters = Annotated[AdapterService, Depends(_adapters)]
-Generations = Annotated[GenerationService, Depends(_generations)]
-
-
-def _services(request: Request) -> Services:
-    state = request.app.state
-    return Services(state.generations, state.names, state.metrics, state.fingerprint)
-
-
-Names = Annotated[ModelNames, Depends(_names)]
+Noted = Annotated[Note, Depends(_note)]
+Keys = Annotated[KeyFile, Depends(_keys)]
 ServedMetrics = Annotated[Metrics, Depends(_metrics)]
 ServedModel = Annotated[Info, Depends(_info)]
+
+
+async def _adapters(request: Request, note: Noted) -> CallerAdapters:
+    return CallerAdapters(request.app.state.adapters, request.state.caller, note)
+
+
+Adapters = Annotated[CallerAdapters, Depends(_adapters)]
+
+
+async def _generations(request: Request, adapters: Adapters) -> GenerationService:
+    caller: Caller = request.state.caller
+    limiter: Limiter = request.app.state.limiter
+    return request.app.state.generations.for_caller(
+        adapters, tenant=caller.tenant, charge=lambda num_tokens: limiter.charge(caller, num_tokens)
+    )
+
+
+async def _names(request: Request, adapters: Adapters) -> ModelNames:
+    return request.app.state.names.for_caller(adapters.knows)
+
+
+Generations = Annotated[GenerationService, Depends(_generations)]
+Names = Annotated[ModelNames, Depends(_names)]
+
+
+async def _services(request: Request, generations: Generations, names: Names, metrics: ServedMetrics) -> Services:
+    return Services(generations, names, metrics, request.app.state.fingerprint)
+
+
 OpenAIServices = Annotated[Services, Depends(_services)]

@@ -14,10 +14,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from server.errors import InvalidRequestError, NotFoundError, ServerError
 
-__all__ = ["Family", "error_body", "error_response", "family_of", "install_error_handlers"]
+__all__ = ["Family", "error_body", "error_response", "family_of", "install_error_handlers", "route_not_found"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ SHAPES: dict[str, _Shape] = {
     "validation": _Shape(422, 400, 422, "validation", "invalid_request_error"),
     "malformed": _Shape(422, 400, 400, "validation", "invalid_request_error"),
     "unprocessable": _Shape(422, 400, 422, "validation", "invalid_request_error"),
+    "authentication": _Shape(401, 401, 401, "authentication", "authentication_error"),
+    "forbidden": _Shape(403, 403, 403, "authentication", "permission_error"),
     "not_found": _Shape(404, 404, 404, "not_found", "invalid_request_error"),
     "method": _Shape(405, 405, 405, "validation", "invalid_request_error"),
     "conflict": _Shape(409, 409, 409, "conflict", "invalid_request_error"),
@@ -80,6 +83,8 @@ def error_body(error: ServerError, family: Family) -> dict[str, Any]:
 def error_response(error: ServerError, family: Family) -> Response:
     """The whole answer for an error: status, headers and body."""
     headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    if error.kind == "authentication":
+        headers["WWW-Authenticate"] = "Bearer"
     status = getattr(SHAPES[error.kind], family.value)
     return Response(dump(error_body(error, family)), status, headers, media_type="application/json")
 
@@ -102,7 +107,10 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return error_response(_from_http(request, error), family_of(request.url.path))
+        response = error_response(_from_http(request, error), family_of(request.url.path))
+        if error.status_code == 405:
+            response.headers["Allow"] = _allowed_methods(app, request.url.path)
+        return response
 
     async def on_crash(request: Request, error: Exception) -> Response:
         logger.error("a request to %s failed", request.url.path, exc_info=error)
@@ -112,6 +120,15 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(Exception, on_crash)
+
+
+def _allowed_methods(app: FastAPI, path: str) -> str:
+    """Of all routes with this path: Starlette itself looks at the first one only."""
+    templates = app.openapi()["paths"].items()
+    found = {
+        m.upper() for template, operations in templates if compile_path(template)[0].match(path) for m in operations
+    }
+    return ", ".join(sorted(found))
 
 
 def _from_validation(error: RequestValidationError) -> ServerError:
@@ -131,13 +148,19 @@ def _malformed_json() -> ServerError:
     return error
 
 
+def route_not_found(method: str, path: str) -> NotFoundError:
+    """What is answered where there is no route, or none that the caller may know."""
+    shown = path[:256].encode("ascii", "backslashreplace").decode()
+    return NotFoundError(f"there is no route {method} {shown}", code="route_not_found")
+
+
 def _from_http(request: Request, error: HTTPException) -> ServerError:
     if isinstance(error.__cause__, ServerError):  # raised while FastAPI read the body
         return error.__cause__
     if isinstance(error.__cause__, ValueError | RecursionError):
         return _malformed_json()
     if error.status_code == 404:
-        return NotFoundError(f"there is no route {request.method} {request.url.path}", code="route_not_found")
+        return route_not_found(request.method, request.url.path)
     fault = InvalidRequestError(str(error.detail))
     fault.kind = "method" if error.status_code == 405 else "malformed" if error.status_code < 500 else "internal"
     fault.code = "method_not_allowed" if error.status_code == 405 else "bad_request"

@@ -12,7 +12,7 @@ __all__ = ["BodyLimit", "RequestId"]
 
 
 class RequestId:
-    """Echoes the caller's X-Request-Id, or makes one."""
+    """Echoes the caller's X-Request-Id, or makes one; also `request.state.request_id`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -23,6 +23,8 @@ class RequestId:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if given.isascii() and given.isprintable() and 0 < len(given) <= 128 else uuid.uuid4().hex
+
+        scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

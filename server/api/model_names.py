@@ -24,6 +24,10 @@ class ModelNames:
         self._aliases = aliases
         self._adapter_exists = adapter_exists
 
+    def for_caller(self, adapter_exists: Callable[[str], bool]) -> "ModelNames":
+        """The same where other adapters exist."""
+        return ModelNames(self.model_id, self._aliases, adapter_exists)
+
     def is_base(self, name: str | None) -> bool:
         """Whether a name, or none, means the base model."""
         if not name or name in {BASE_NAME, self.model_id}:

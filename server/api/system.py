@@ -1,5 +1,7 @@
 """Health, metrics, facts, and the list of models."""
 
+from typing import Any
+
 from fastapi import APIRouter
 from fastapi.responses import Response
 
@@ -12,10 +14,13 @@ __all__ = ["router"]
 
 router = APIRouter(tags=["system"])
 
+EMPTY: dict[int | str, dict[str, Any]] = {200: {"description": "No body."}}
+METRICS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
-@router.get("/", response_class=Response)
-@router.get("/ping", response_class=Response)
-@router.get("/health", response_class=Response)
+
+@router.get("/", response_class=Response, responses=EMPTY)
+@router.get("/ping", response_class=Response, responses=EMPTY)
+@router.get("/health", response_class=Response, responses=EMPTY)
 async def health(generations: Generations) -> Response:
     """200 with an empty body when the engine runs."""
     if generations.engine.is_healthy:
@@ -23,7 +28,7 @@ async def health(generations: Generations) -> Response:
     return Response(dump({"error": "unhealthy", "error_type": "healthcheck"}), 503, media_type="application/json")
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=Response, responses=METRICS)
 async def metrics(served: ServedMetrics) -> Response:
     """Figures in Prometheus' text format."""
     return Response(served.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -10,12 +11,14 @@ from server.api.dependencies import Generations, Names, ServedMetrics
 from server.api.disconnect import CLIENT_CLOSED_REQUEST, ClientGoneError, or_disconnect
 from server.api.envelopes import Family, dump, error_body
 from server.api.model_names import ADAPTER_HEADER, ModelNames
+from server.api.openapi import STREAM
 from server.api.sse import EventStream, event
 from server.api.tgi_answer import TgiAnswer
 from server.delivery import GenerationGroup
 from server.errors import InvalidRequestError, ServerError
 from server.generation import GenerationService, GenerationTask
 from server.metrics import Metrics
+from server.schemas.answers import GenerateAnswer
 from server.schemas.tgi import GenerateRequest
 from server.text import StopRule
 
@@ -23,10 +26,14 @@ __all__ = ["router"]
 
 router = APIRouter(tags=["generation"])
 
+ANSWER: dict[int | str, dict[str, Any]] = {200: {"model": GenerateAnswer, "content": STREAM}}
+LIST: dict[int | str, dict[str, Any]] = {200: {"model": list[GenerateAnswer], "content": STREAM}}
+EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": STREAM}}
+
 ERROR_WORDS = frozenset({"generation", "incomplete_generation", "overloaded", "validation"})
 
 
-@router.post("/generate", response_class=Response)
+@router.post("/generate", response_class=Response, responses=ANSWER)
 async def generate(
     body: GenerateRequest, request: Request, generations: Generations, names: Names, metrics: ServedMetrics
 ) -> Response:
@@ -34,7 +41,7 @@ async def generate(
     return await _respond(body, request, generations, names, metrics, wraps_in_list=False)
 
 
-@router.post("/", response_class=Response)
+@router.post("/", response_class=Response, responses=LIST)
 async def root(
     body: GenerateRequest, request: Request, generations: Generations, names: Names, metrics: ServedMetrics
 ) -> Response:
@@ -42,7 +49,7 @@ async def root(
     return await _respond(body, request, generations, names, metrics, wraps_in_list=True)
 
 
-@router.post("/generate_stream", response_class=Response)
+@router.post("/generate_stream", response_class=Response, responses=EVENTS)
 async def generate_stream(
     body: GenerateRequest, request: Request, generations: Generations, names: Names, metrics: ServedMetrics
 ) -> Response:

@@ -11,9 +11,9 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from server.adapters.record import Publication
-from server.adapters.service import AdapterService
 from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterRecord
 from server.errors import InvalidAdapterError, InvalidRequestError
+from server.tenancy import CallerAdapters
 
 __all__ = ["OPENAPI_BODY", "UploadForm", "read_upload_form"]
 
@@ -55,7 +55,7 @@ class UploadForm:
     publication: Publication
     files: dict[str, BinaryIO]
 
-    def publish(self, adapters: AdapterService) -> AdapterRecord:
+    def publish(self, adapters: CallerAdapters) -> AdapterRecord:
         """On a worker thread: the two files by their names, or one archive.
 
         Raises:

@@ -15,11 +15,19 @@ from torch import Tensor
 
 from server.engine.batch import PromptRows, RouteMemo, build_batch
 from server.engine.blocks import BlockPool
+from server.engine.fairness import Fairness
 from server.engine.request import Event, Failed, Finished, FinishReason, GenerationRequest, Token
 from server.engine.runner import ModelRunner
 from server.engine.sampling import Sampled, prompt_logprobs, sample
 from server.engine.scheduler import Scheduler, Step
-from server.errors import ContextLengthError, GenerationError, InvalidRequestError, OverloadedError, UnavailableError
+from server.errors import (
+    ContextLengthError,
+    GenerationError,
+    InvalidRequestError,
+    OverloadedError,
+    ServerError,
+    UnavailableError,
+)
 
 __all__ = ["EngineLoop", "EngineStats"]
 
@@ -63,6 +71,7 @@ class EngineLoop:
             other thread is confined to one core from `start` on. GNU OpenMP falls back from spinning to sleeping, and
             each of a step's thousand short operators gets slower by half, as soon as two threads have teams of their
             own; so nobody but the engine may have one. The process must not have made one before, either.
+        fairness: the order in which waiting requests start.
         on_step: called on the engine thread after each step, when its events have been emitted, and when idle.
     """
 
@@ -72,6 +81,7 @@ class EngineLoop:
         *,
         max_waiting: int = 512,
         num_threads: int | None = None,
+        fairness: Fairness | None = None,
         on_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.runner = runner
@@ -85,6 +95,7 @@ class EngineLoop:
             self._pool,
             max_running=config.max_running,
             max_step_tokens=config.max_step_tokens,
+            fairness=fairness,
             target_step_s=config.target_step_s,
             use_prefix_cache=config.use_prefix_cache,
         )
@@ -241,10 +252,7 @@ class EngineLoop:
     def _advance(self, request: GenerationRequest, sampled: Sampled) -> None:
         """Append a request's new token, emit it, and end the request if it is the last one."""
         if sampled.token_id is None:
-            error = GenerationError("the model's output is not finite: the adapter overflows", code="output_not_finite")
-            if sampled.is_blocked:
-                error = GenerationError("no token is left that may come next", code="no_token_allowed")
-            self._end(request, Failed(error))
+            self._end(request, Failed(_no_token(sampled)))
             return
         token_id = sampled.token_id
         request.output_ids.append(token_id)
@@ -291,6 +299,13 @@ class EngineLoop:
             num_prefix_tokens=scheduler.num_prefix_tokens,
             num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
         )
+
+
+def _no_token(sampled: Sampled) -> ServerError:
+    if sampled.is_blocked:
+        message = "no token is left that may come next: the grammar, the bad words and the bias exclude them all"
+        return InvalidRequestError(message, code="no_token_allowed")
+    return GenerationError("the model's output is not finite: the adapter overflows", code="output_not_finite")
 
 
 def _note_prompt(rows: PromptRows, logits: Tensor) -> None:

@@ -160,11 +160,13 @@ class GenerationRequest:
         emit: takes the request's events, in order; called on the engine thread, must not wait.
         lease: the adapters, or None for the base model.
         text: turns tokens into text; None if nobody wants text.
+        tenant, flow: whose it is, and which of the tenant's adapters it is for; see Fairness.
         constraint: which tokens may come next; None if all may.
         prompt_logprobs: of the prompt's tokens from the second on, if wanted; complete before the first `Token`.
         token_counts: what the penalties count, kept by the sampler.
         num_computed: tokens whose keys and values are in the cache.
         block_ids: the cache blocks that hold them.
+        num_charged: tokens that its tenant's counter has.
         priority: lower ones run first, and are preempted last; within one, in order of arrival.
         cache_salt: only requests with the same one share cached prompts.
         block_keys: of its full blocks, as far as they were needed (`prefix.PrefixKeys`).
@@ -178,6 +180,8 @@ class GenerationRequest:
     emit: Callable[[Event], None]
     lease: AdapterLease | None = None
     text: TokenText | None = None
+    tenant: str = ""
+    flow: Hashable = None
     constraint: TokenConstraint | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     token_counts: TokenCounts | None = None
@@ -188,6 +192,7 @@ class GenerationRequest:
     num_computed: int = 0
     block_ids: list[int] = field(default_factory=list)
     num_preemptions: int = 0
+    num_charged: int = 0
     priority: int = 0
     cache_salt: str = ""
     block_keys: list[bytes] = field(default_factory=list)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_core import LoraLinear, Router, SlotBank, attach_slots, wrap_linears
+from lora_core import LoraLinear, ModelSlots, Router, attach_slots, wrap_linears
 from server.engine.attention import DecodeCopies, PagedAttention, use_step
 from server.engine.batch import Batch
 from server.engine.kv_cache import KVCache
@@ -77,7 +77,7 @@ class ModelRunner:
         self.reference = make_reference(model, self.facts.vocab_size, self.max_model_len)
         self.router = Router()
         self.layers: dict[str, LoraLinear] = wrap_linears(model, self.router)
-        self.bank: SlotBank = attach_slots(self.layers, config.max_slots, dtype=self.dtype)
+        self.bank: ModelSlots = attach_slots(self.layers, config.max_slots, dtype=self.dtype, model=model)
         self.optimised = optimise(model, self.layers)
 
     def forward(self, batch: Batch) -> Tensor:

@@ -5,19 +5,22 @@ request in steady decoding has one pending token; a new one has its whole prompt
 
     pending = 1            first, so that no prompt delays a running stream
     pending > 1            the rest of the budget, oldest request first
-    waiting                admitted in order while there is budget, a place and blocks for their prompt
+    waiting                admitted in turn while there is budget, a place and blocks for their prompt
 
-The order is that of priority, then of arrival. What a request's tokens have in common with earlier ones of the same
-adapters is found in the cache and not computed again. Out of blocks, the last running request gives its blocks back and
-waits to be computed again from its tokens; the first always advances, so that no two take turns in vain. A request
-whose adapters are still on their way is passed over; one that finds every slot held for longer than `max_slot_wait_s`
-stops those behind it from taking slots, so that its turn comes.
+The turn is by priority, then by fairness over tenants and adapters. What a request's tokens have in common with earlier
+ones of the same adapters is found in the cache and not computed again. Out of blocks, the last running request gives
+its blocks back and waits to be computed again from its tokens; the first always advances, so that no two take turns in
+vain. A request whose adapters are still on their way is passed over; one that finds every slot held for longer than
+`max_slot_wait_s` stops those behind it from taking slots, so that its turn comes.
 """
 
 from bisect import insort
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby, islice
 
 from server.engine.blocks import BlockPool
+from server.engine.fairness import Fairness
 from server.engine.pacing import Pace
 from server.engine.prefix import PrefixKeys
 from server.engine.request import GenerationRequest
@@ -71,7 +74,8 @@ class Scheduler:
         pool: the cache blocks, used by nobody else.
         max_running: requests that may run at once.
         max_step_tokens: token budget of a step, at least `max_running`.
-        max_slot_wait_s: after this long without a slot a request stops younger ones from taking slots.
+        max_slot_wait_s: after this long without a slot a request stops those behind it from taking slots.
+        fairness: the order in which waiting requests of one priority start.
         target_step_s: prompts are cut so that a step with running streams takes about this long; None for no aim.
         use_prefix_cache: find and keep computed prompts.
     """
@@ -83,6 +87,7 @@ class Scheduler:
         max_running: int,
         max_step_tokens: int,
         max_slot_wait_s: float = 1.0,
+        fairness: Fairness | None = None,
         target_step_s: float | None = None,
         use_prefix_cache: bool = True,
     ) -> None:
@@ -95,6 +100,7 @@ class Scheduler:
         self.waiting: list[GenerationRequest] = []
         self.running: list[GenerationRequest] = []
         self.num_preemptions = 0
+        self._fairness = fairness or Fairness()
         self.num_prefix_tokens = 0
         self.num_prefix_hit_tokens = 0
         self.use_prefix_cache = use_prefix_cache
@@ -107,11 +113,13 @@ class Scheduler:
         request.arrival, request.arrived_s = self._num_arrived, now_s
         self._num_arrived += 1
         insort(self.waiting, request, key=_order)
+        self._fairness.arrive(request)
 
     def remove(self, request: GenerationRequest) -> None:
         """Forget a request, wherever it is: its blocks and its lease are free at once."""
         (self.running if request in self.running else self.waiting).remove(request)
         self._free_blocks(request)
+        self._fairness.leave(request)
         if request.lease is not None:
             request.lease.release()
 
@@ -156,7 +164,7 @@ class Scheduler:
         for request in list(self.running):
             num_tokens = wanted[request.arrival]
             if num_tokens and request in self.running and self._grow(request, num_tokens, step):
-                step.chunks.append(Chunk(request, request.num_computed, num_tokens))
+                self._add_chunk(step, request, num_tokens)
         return budget
 
     def _grow(self, request: GenerationRequest, num_tokens: int, step: Step) -> bool:
@@ -190,14 +198,14 @@ class Scheduler:
         request.block_ids = []
 
     def _admit(self, step: Step, budget: int, now_s: float) -> None:
-        """Start waiting requests, in order; those whose adapters are not there yet are passed over."""
-        slots_are_reserved = False
-        for place, request in enumerate(list(self.waiting)):
-            if slots_are_reserved and request.lease is not None:
-                request.lease.deactivate()
+        """Start waiting requests, in fair order; those whose adapters are not there yet are passed over."""
+        before_reservation: set[GenerationRequest] | None = None
+        seen: set[GenerationRequest] = set()
+        # Those further back cannot start in this step.
+        for request in islice(self._in_turn(), self.max_running):
+            if before_reservation is not None and request.lease is not None:
                 continue
-            if place >= self.max_running:
-                continue  # too far back to start, but it may hold slots from before somebody was preempted
+            seen.add(request)
             try:
                 state = LeaseState.READY if request.lease is None else request.lease.activate()
             except ServerError as error:
@@ -205,22 +213,27 @@ class Scheduler:
                 step.failed.append((request, error))
                 continue
             if state is LeaseState.NO_SLOT and now_s - request.arrived_s > self.max_slot_wait_s:
-                slots_are_reserved = True
+                before_reservation = set(seen)
             if state is not LeaseState.READY:
                 continue
             if budget <= 0 or len(self.running) >= self.max_running:
-                return
+                break
             found = self._find(request)
             # Blocks for all of its tokens, so that it is not started only to be preempted.
             needed = self.pool.blocks_for(request.num_tokens) - len(found) + self.pool.count_free(found)
             if needed > self.pool.num_free - self._num_promised():
-                return
+                break
             self._start(request, found, budget, step, now_s)
             budget -= step.chunks[-1].num_tokens
+        if before_reservation is not None:
+            for request in self.waiting:
+                if request not in before_reservation and request.lease is not None:
+                    request.lease.deactivate()  # it may hold slots from when its turn was earlier
 
     def _start(self, request: GenerationRequest, found: list[int], budget: int, step: Step, now_s: float) -> None:
         self.waiting.remove(request)
         insort(self.running, request, key=_order)
+        self._fairness.start()
         if request.admitted_s is None:
             request.admitted_s = now_s
         self.pool.share(found)
@@ -230,9 +243,19 @@ class Scheduler:
         blocks = self.pool.allocate(self.pool.blocks_for(request.num_computed + num_tokens) - len(found))
         request.block_ids = found + blocks
         step.new_blocks += blocks
-        step.chunks.append(Chunk(request, request.num_computed, num_tokens))
+        self._add_chunk(step, request, num_tokens)
         self.num_prefix_tokens += request.num_tokens
         self.num_prefix_hit_tokens += request.num_cached_tokens
+
+    def _add_chunk(self, step: Step, request: GenerationRequest, num_tokens: int) -> None:
+        chunk = Chunk(request, request.num_computed, num_tokens)
+        step.chunks.append(chunk)
+        self._fairness.charge(request, chunk.start, chunk.stop)
+
+    def _in_turn(self) -> Iterator[GenerationRequest]:
+        """Waiting requests, the next one first."""
+        for _, group in groupby(list(self.waiting), key=lambda request: request.priority):
+            yield from self._fairness.order(group)
 
     def _find(self, request: GenerationRequest) -> list[int]:
         """Cached blocks with the start of a request's tokens; at least the last token is left to be computed."""

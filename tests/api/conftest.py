@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,27 +73,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     return root / MODEL_ID, models, folders
 
 
-@pytest.fixture(scope="module")
-def live(
-    tiny: tuple[Path, dict[str, Any], dict[str, Path]], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Live]:
+@contextmanager
+def serve(tiny: tuple[Path, dict[str, Any], dict[str, Path]], store: Path, **settings: Any) -> Iterator[Live]:
+    """A server over the tiny model; afterwards it must hold nothing."""
     model, references, folders = tiny
-    settings = Settings(
-        model=str(model),
-        store=tmp_path_factory.mktemp("store"),
-        dtype="float32",
-        adapters=folders,
-        max_slots=4,
-        max_running=16,
-        max_step_tokens=64,
-        kv_memory=1 << 22,
-        max_upload_bytes=1 << 20,
-        max_json_bytes=1 << 17,
-        min_free_bytes=0,
-        threads=1,
-    )
-    server = build_server(settings, report=lambda _: None)
-    config = uvicorn.Config(create_app(server, settings), port=0, log_level="warning")
+    fixed: dict[str, Any] = {
+        "dtype": "float32",
+        "max_slots": 4,
+        "max_running": 16,
+        "max_step_tokens": 64,
+        "kv_memory": 1 << 22,
+        "max_upload_bytes": 1 << 20,
+        "max_json_bytes": 1 << 17,
+        "min_free_bytes": 0,
+        "threads": 1,
+    }
+    chosen = Settings(model=str(model), store=store, adapters=folders, **fixed | settings)
+    server = build_server(chosen, report=lambda _: None)
+    config = uvicorn.Config(create_app(server, chosen), port=0, log_level="warning")
     web = uvicorn.Server(config)
     thread = threading.Thread(target=web.run)
     thread.start()
@@ -107,6 +105,14 @@ def live(
     finally:
         web.should_exit = True
         thread.join()
+
+
+@pytest.fixture(scope="module")
+def live(
+    tiny: tuple[Path, dict[str, Any], dict[str, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Live]:
+    with serve(tiny, tmp_path_factory.mktemp("store")) as live:
+        yield live
 
 
 @pytest.fixture

@@ -138,6 +138,8 @@ def test_unknown_routes_and_methods_keep_the_familys_shape(client: httpx.Client)
     assert client.get("/v1/nowhere").json()["error"]["code"] == "route_not_found"
     assert client.get("/admin/nowhere").json()["error"]["code"] == "route_not_found"
     assert (client.get(GENERATE).status_code, client.get(GENERATE).json()["code"]) == (405, "method_not_allowed")
+    assert client.put("/").headers["allow"] == "GET, POST"
+    assert client.delete(GENERATE).headers["allow"] == "POST"
 
 
 def test_a_broken_adapter_file_fails_its_own_requests_only(live: Live, client: httpx.Client) -> None:

@@ -134,5 +134,5 @@ def test_an_output_that_is_cut_says_so(client: httpx.Client) -> None:
 def test_what_leaves_no_token_fails_alone(live: Live, client: httpx.Client) -> None:
     body = {"prompt": "Hi", "max_tokens": 9, "structured_outputs": {"choice": ["a"]}, "bad_words": ["a"]}
     response = client.post("/v1/completions", json=body)
-    assert (response.status_code, response.json()["error"]["code"]) == (500, "no_token_allowed")
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "no_token_allowed")
     live.assert_idle()

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("lora_core", "server", "clients")
+PACKAGES = ("lora_core", "server", "loramux_client")
+HOMES = {"loramux_client": ROOT / "clients/python"}  # of packages that are not at the top
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,10 @@ def sources() -> list[Source]:
     """All modules of the packages, by path."""
     out = []
     for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*.py")):
+        home = HOMES.get(package, ROOT)
+        for path in sorted((home / package).rglob("*.py")):
             relative = path.relative_to(ROOT)
-            parts = relative.with_suffix("").parts
+            parts = path.relative_to(home).with_suffix("").parts
             module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
             out.append(Source(module, relative, ast.parse(path.read_text(), filename=str(relative))))
     return out

@@ -12,7 +12,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 # Longer than they should be, with the reason.
 LONG_FUNCTIONS = {
-    "server.cli.serve": "one line per flag: its signature is its documentation",
+    "server.cli.serve.serve": "one line per flag: its signature is its documentation",
     "server.app.build_server": "puts every part together, in order",
 }
 

@@ -50,17 +50,18 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
     base = _demo_model() if is_demo else tiny_model(architecture, seed)
     models = {
         name: peft_adapters.peft_model(base, architecture, seed + i, std=0.02 if is_demo else 0.2, **config)
-        for i, (name, config) in enumerate(peft_adapters.VARIANTS.items())
+        for i, (name, config) in enumerate(peft_adapters.variants(architecture).items())
     }
-    config = EngineConfig(max_running=8, max_step_tokens=19, max_slots=8, block_size=4, kv_bytes=1 << 28)
+    config = EngineConfig(max_running=8, max_step_tokens=19, max_slots=12, block_size=4, kv_bytes=1 << 28)
     runner = ModelRunner(copy.deepcopy(base), config)
     slots: dict[str, dict[int, float]] = {"base": {}}
     for slot, (name, model) in enumerate(models.items()):
         folder = peft_adapters.save(model, tmp_path / name)
-        runner.bank.load(slot, fold_adapter(load_adapter(folder), runner.layers, dtype=torch.float32))
+        runner.bank.load(slot, fold_adapter(load_adapter(folder), runner.model, dtype=torch.float32))
         slots[name] = {slot: 1.0}
     references: dict[str, Any] = {"base": base} | models
-    deltas = {name: peft_adapters.merged_delta(base, model) for name, model in models.items()}
+    mixed = {name for weights in MIXES.values() for name in weights}
+    deltas = {name: peft_adapters.merged_delta(base, models[name]) for name in mixed}
     for mix, weights in MIXES.items():
         slots[mix] = {slot: weight for name, weight in weights.items() for slot in slots[name]}
         references[mix] = peft_adapters.with_deltas(base, [(w, deltas[name]) for name, w in weights.items()])

@@ -129,7 +129,7 @@ BROKEN: list[tuple[dict[str, Any], Change, type[LoraError], str]] = [
     ({}, rename("lora_A", "lora_A.default"), UnsupportedError, r"lora_A\.default\.weight' belongs to a feature"),
     ({}, add("base_model.model.lora_A.weight", 4, 5), UnsupportedError, "belongs to a feature"),
     ({}, add("base_model.model..lora_A.weight", 4, 5), UnsupportedError, "belongs to a feature"),
-    ({}, add("base_model.model.embed.lora_embedding_A", 4, 9), UnsupportedError, "lora_embedding_A"),
+    ({}, add("base_model.model.embed.lora_embedding_A", 4, 9), CheckpointError, "lacks lora_B"),
     ({}, add("base_model.model.lm_head.weight", 9, 5), UnsupportedError, r"lm_head\.weight"),
     ({}, add(f"{PREFIX}q.base_layer.bias", 6), UnsupportedError, r"base_layer\.bias"),
     ({}, add("x" * 1_000_000, 1), CheckpointError, "does not start with"),
@@ -204,14 +204,29 @@ def test_folders_without_the_two_files(names: list[str], error: type[LoraError],
     ("settings", "embeddings"),
     [
         ({"target_modules": ["embed_tokens"]}, False),
-        ({"target_modules": ["embed_tokens", "q_proj"]}, "auto"),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, False),
+        ({"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}, "auto"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "final_layer_norm"]}, False),
         ({"target_modules": ["q_proj"], "bias": "lora_only"}, False),
-        ({"target_modules": ["q_proj"]}, True),
+        ({"target_modules": ["q_proj"], "bias": "all"}, False),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [3, 1]}, False),
     ],
     ids=str,
 )
-def test_what_peft_saves_for_other_features_is_refused(
+def test_more_than_lora_and_back(settings: dict[str, Any], embeddings: bool | str, seed: int, tmp_path: Path) -> None:
+    model = peft_adapters.peft_model(tiny_model("opt", seed), "opt", seed, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(tmp_path, save_embedding_layers=embeddings)
+    adapter = load_adapter(tmp_path)
+    save_adapter(adapter, tmp_path / "after")
+    before, after = (load_file(folder / WEIGHTS_NAME) for folder in (tmp_path, tmp_path / "after"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert adapter.num_bytes == sum(value.numel() * value.element_size() for value in before.values())
+
+
+@pytest.mark.parametrize(("settings", "embeddings"), [({"target_modules": ["q_proj"]}, True)], ids=str)
+def test_a_base_embedding_that_is_not_targeted_is_refused(
     settings: dict[str, Any], embeddings: bool | str, seed: int, tmp_path: Path
 ) -> None:
     model = peft_adapters.peft_model(tiny_model("opt", seed), "opt", seed, **settings)

@@ -83,8 +83,7 @@ def test_converted_it_is_the_trained_model_on_the_original_base(
     theirs = trained(base, "llama", init, tmp_path, **CONVERSIONS[variant])
     ids = torch.randint(3, VOCABULARY, (2, 9))
     wanted = logits(theirs, ids)
-    with pytest.raises(UnsupportedError, match=r"lora_core\.convert_to_lora"):
-        loaded(base, tmp_path / "trained")
+    torch.testing.assert_close(logits(loaded(base, tmp_path / "trained"), ids), wanted, **CLOSE)  # on the way in
     convert_to_lora(tmp_path / "trained", tmp_path / "initial/start", tmp_path / "out")
     torch.testing.assert_close(logits(loaded(base, tmp_path / "out"), ids), wanted, **CLOSE)
     assert not torch.allclose(wanted, logits(base, ids), atol=1e-2)
@@ -162,6 +161,31 @@ def test_our_own_pissa_converts(seed: int, tmp_path: Path) -> None:
     convert_to_lora(tmp_path / "trained", tmp_path / "initial", tmp_path / "out")
     ids = torch.randint(3, VOCABULARY, (2, 9))
     torch.testing.assert_close(logits(loaded(base, tmp_path / "out"), ids), logits(ours, ids), **CLOSE)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("variant", ["plain", "rslora", "dora", "rank pattern"])
+def test_our_own_initialisation_on_nf4_converts_exactly(variant: str, init: str, seed: int, tmp_path: Path) -> None:
+    base = quantized_model(tiny_model("llama", seed), "nf4")
+    options = CONVERSIONS[variant] | {"init_lora_weights": init, "target_modules": TARGETS["llama"]}
+    ours = LoraModel(copy.deepcopy(base), LoraConfig(r=4, lora_alpha=6, **options)).eval()
+    ids = torch.randint(3, VOCABULARY, (2, 9))
+    torch.testing.assert_close(logits(ours, ids), logits(base, ids), **CLOSE)  # it begins as the base
+    ours.save_pretrained(tmp_path / "initial")
+    optimizer = torch.optim.Adam([p for p in ours.parameters() if p.requires_grad], lr=3e-2)
+    for _ in range(3):
+        ours(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ours.save_pretrained(tmp_path / "trained")
+    wanted = logits(ours, ids)
+    assert not torch.allclose(wanted, logits(base, ids), atol=1e-2)
+    convert_to_lora(tmp_path / "trained", tmp_path / "initial", tmp_path / "out")
+    torch.testing.assert_close(logits(loaded(base, tmp_path / "out"), ids), wanted, **CLOSE)
+    with ours.disable_adapter():
+        assert torch.equal(logits(ours, ids), logits(base, ids))
+    ours.delete_adapter("default")
+    assert not [name for name, _ in ours.named_buffers() if "removed" in name]
 
 
 def change_config(folder: Path, **changes: Any) -> None:

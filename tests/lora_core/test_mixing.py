@@ -162,7 +162,7 @@ def test_embeddings_and_convolutions_equal_peft(kind: str, seed: int, tmp_path: 
     ours.set_adapter("mix")
     theirs.set_adapter("mix")
     for found, wanted in zip(ours(*inputs), theirs(*inputs), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.detach().abs().max()))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SVD_TYPES if "dare" not in kind])

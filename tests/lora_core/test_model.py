@@ -108,7 +108,7 @@ def test_slots_serve_every_row_its_own_adapter(architecture: str, seed: int, tmp
     bank = attach_slots(layers, len(names), dtype=torch.float32)
     for slot, name in enumerate(names):
         adapter = load_adapter(peft_adapters.save(references[name], tmp_path / name))
-        bank.load(slot, fold_adapter(adapter, layers, dtype=torch.float32))
+        bank.load(slot, fold_adapter(adapter, served, dtype=torch.float32))
     bank.check_integrity()
     ids = random_ids(len(names) + 1, 7)
     route = Route([Run({slot: 1.0}, 1) for slot in range(len(names))] + [Run({}, 1)])
@@ -282,7 +282,7 @@ def test_folding_refuses_what_does_not_fit(
     folder = peft_adapters.save(adapter, tmp_path)
     save_file(change(load_file(folder / WEIGHTS_NAME)), folder / WEIGHTS_NAME)
     with pytest.raises(LoraError) as caught:
-        fold_adapter(load_adapter(folder), wrap_linears(base, Router()), dtype=dtype)
+        fold_adapter(load_adapter(folder), base, dtype=dtype)
     assert caught.value.code == code
 
 

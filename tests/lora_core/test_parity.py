@@ -12,7 +12,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lora_core import LoraConfig, LoraModel, get_peft_model_state_dict
+from lora_core import (
+    LoraConfig,
+    LoraModel,
+    Route,
+    Router,
+    Run,
+    attach_slots,
+    fold_adapter,
+    get_peft_model_state_dict,
+    load_adapter,
+    wrap_linears,
+)
 from tests.lora_core.parity import by_peft, loaded, make_inputs, make_model, ours, run, saved
 
 Q = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
@@ -88,7 +99,7 @@ def test_files_and_outputs_equal_peft(variant: str, seed: int, tmp_path: Path) -
     close(run(back, inputs).detach(), wanted)
     if not settings.get("layer_replication"):
         mine.disable_adapter_layers()
-        torch.testing.assert_close(run(mine, inputs), run(base, inputs), rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(run(mine, inputs), run(base, inputs), rtol=1e-5, atol=5e-5)
 
 
 def same_files(ours_: Path, theirs: Path) -> None:
@@ -207,6 +218,40 @@ def test_a_mixed_batch_gives_every_row_its_own(variant: str, seed: int, tmp_path
         close(mixed[row], wanted[row])
     close(mixed[2], run(summed(base, folders, [0.5, -0.75]), inputs)[2].detach())
     assert not torch.allclose(alone[0], alone[1], atol=1e-3)
+
+
+SERVED = [v for v in MIXED if VARIANTS[v][0] not in ("mlp", "conv", "embedding", "t5")]
+
+
+@pytest.mark.parametrize("variant", SERVED)
+def test_slots_give_every_row_its_own(variant: str, seed: int, tmp_path: Path) -> None:
+    """The server's entrance: packed rows, adapters that come and go in slots."""
+    name, settings = VARIANTS[variant]
+    base = make_model(name, seed)
+    folders = [saved(by_peft(base, settings), tmp_path / str(i)) for i in range(2)]
+    served, router = copy.deepcopy(base), Router()
+    bank = attach_slots(wrap_linears(served, router), 3, dtype=torch.float32, model=served)
+    for slot in (2, 0, 1):
+        bank.load(slot, fold_adapter(load_adapter(folders[slot % 2]), served, dtype=torch.float32))
+    bank.free(1)
+    bank.free(0)
+    bank.load(1, fold_adapter(load_adapter(folders[1]), served, dtype=torch.float32))
+    bank.check_integrity()
+    inputs = make_inputs(name, num_rows=4)
+    tokens = inputs["input_ids"].shape[1]
+    weights = [{1: 1.0}, {}, {2: 0.5, 1: -0.75}, {2: 1.0}]
+    with router.use(Route(Run(row, tokens) for row in weights)), torch.no_grad():
+        mixed = run(served, inputs)
+    alone = [run(loaded(base, folder), inputs).detach() for folder in folders]
+    close(mixed[0], alone[1][0])
+    close(mixed[1], run(base, inputs)[1].detach())
+    close(mixed[2], run(summed(base, folders, [0.5, -0.75]), inputs)[2].detach())
+    close(mixed[3], alone[0][3])
+    bank.free(1)
+    bank.free(2)
+    assert bank.num_bytes == 0
+    with router.use(Route.uniform({})), torch.no_grad():
+        close(run(served, inputs), run(base, inputs).detach())
 
 
 def summed(base: nn.Module, folders: list[Path], weights: list[float]) -> nn.Module:

@@ -1,83 +1,43 @@
-"""The `loramux` command."""
+"""`loramux serve`."""
 
 import logging
 import os
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 
+from server.cli.console import console, report
+from server.cli.options import option, parse_adapter_option, size_option
 from server.errors import ServerError
-from server.failpoints import ENVIRONMENT_VARIABLE, FAILPOINTS, arm
+from server.failpoints import ENVIRONMENT_VARIABLE, arm
 from server.settings import Settings
 
-__all__ = ["app", "main"]
-
-app = typer.Typer(
-    name="loramux",
-    help="One base language model in memory, many LoRA and DoRA adapters beside it, one batch.",
-    no_args_is_help=True,
-    add_completion=True,
-    pretty_exceptions_enable=False,
-)
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+__all__ = ["serve"]
 
 DEFAULTS = Settings()
-LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
-UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+LAST_ANSWERS_S = 5  # for answers that are on their way when all work has ended
 
 
-def parse_bytes(text: str | int) -> int:
-    """ "1.5GiB", "512M" or plain bytes."""
-    if isinstance(text, int):
-        return text
-    number = text.strip().lower().removesuffix("b").removesuffix("i")
-    unit = number[-1:] if number[-1:] in UNITS else ""
-    try:
-        return int(float(number.removesuffix(unit)) * UNITS[unit])
-    except (ValueError, OverflowError):
-        raise typer.BadParameter(f"{text!r} is no size; write 512M, 2G or a number of bytes") from None
-
-
-def parse_adapter_option(text: str) -> tuple[str, Path]:
-    """ "NAME=DIR"."""
-    name, equals, folder = text.partition("=")
-    if not (name and equals and folder):
-        raise typer.BadParameter(f"{text!r}: write NAME=DIR")
-    return name, Path(folder).expanduser()
-
-
-def option(flag: str, text: str, **kwargs: Any) -> Any:
-    """A flag that can also be given as LORAMUX_<NAME>."""
-    name = flag.partition("/")[0].strip("-").replace("-", "_").upper()
-    return typer.Option(flag, envvar=f"LORAMUX_{name}", help=text, **kwargs)
-
-
-def size_option(flag: str, text: str) -> Any:
-    return option(flag, text, parser=parse_bytes, metavar="SIZE")
-
-
-@app.callback(invoke_without_command=True)
-def root(
-    ctx: typer.Context,
-    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-) -> None:
-    if show_version:
-        typer.echo(version("loramux"))
-        raise typer.Exit
-    if ctx.invoked_subcommand is None:
-        typer.echo(ctx.get_help())
-
-
-@app.command()
 def serve(
     model: Annotated[str, option("--model", '"demo", or a local Hugging Face model folder.')] = DEFAULTS.model,
     store: Annotated[Path, option("--store", "Folder that keeps uploaded adapters.")] = DEFAULTS.store,
     host: Annotated[str, option("--host", "Address to listen on.")] = DEFAULTS.host,
     port: Annotated[int, option("--port", "Port to listen on.")] = DEFAULTS.port,
+    keys: Annotated[
+        Path | None, option("--keys", "File of API keys; see `loramux keys`. None: no keys needed.")
+    ] = None,
+    audit_log: Annotated[
+        Path | None, option("--audit-log", "Log of changes; beside the keys if there are any.")
+    ] = None,
+    allow_open: Annotated[
+        bool, option("--allow-open", "Start without keys on an address that others can reach.")
+    ] = DEFAULTS.allow_open,
+    open_metrics: Annotated[bool, option("--open-metrics", "No key for /metrics.")] = DEFAULTS.open_metrics,
+    drain_timeout_s: Annotated[
+        float, option("--drain-timeout-s", "Seconds for running requests to finish after SIGTERM.")
+    ] = DEFAULTS.drain_timeout_s,
     device: Annotated[str, option("--device", '"auto", "cpu", "cuda", "cuda:1" ...')] = DEFAULTS.device,
     dtype: Annotated[str, option("--dtype", '"auto", "float32", "bfloat16" or "float16".')] = DEFAULTS.dtype,
     adapter: Annotated[
@@ -150,31 +110,16 @@ def serve(
     _serve(settings)
 
 
-@app.command()
-def doctor(
-    list_failpoints: Annotated[
-        bool, typer.Option("--failpoints", help="List the places where LORAMUX_FAILPOINT=name[:nth] kills the process.")
-    ] = False,
-) -> None:
-    """Show what helps to find out what is wrong."""
-    if not list_failpoints:
-        raise typer.BadParameter("say what to show: --failpoints")
-    for name, description in FAILPOINTS.items():
-        typer.echo(f"{name:<22} {description}")
-
-
 def _serve(settings: Settings) -> None:
     import uvicorn  # noqa: PLC0415 - `loramux --help` need not load a server and torch
 
     from server.app import build_server, create_app  # noqa: PLC0415
+    from server.drain import DrainingServer  # noqa: PLC0415
 
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
-    def report(line: str) -> None:
-        console.print(f"[dim]loramux[/dim] {line}")
-
-    if settings.host not in LOOPBACK:
-        report(f"[yellow]listening on {settings.host}: there are no API keys yet, anybody who can reach it can use it")
+    if settings.allow_open and settings.keys is None:
+        report(f"[yellow]listening on {settings.host} without keys: whoever can reach it can do everything")
     try:
         if failpoint := os.environ.get(ENVIRONMENT_VARIABLE):
             arm(failpoint)
@@ -183,20 +128,24 @@ def _serve(settings: Settings) -> None:
     except ServerError as error:
         console.print(f"[red]error[/red] {error.message} [dim]({error.code})")
         raise typer.Exit(2) from None
-    _report_ready(settings, server.info.model_id, [record.name for record in server.adapters.records()], report)
+    _report_ready(settings, server.info.model_id, [record.name for record in server.adapters.records()])
+    config = uvicorn.Config(
+        create_app(server, settings),
+        host=settings.host,
+        port=settings.port,
+        log_level="warning" if settings.log_level == "info" else settings.log_level,
+        timeout_graceful_shutdown=LAST_ANSWERS_S,
+    )
+    web = DrainingServer(config, server.drain, timeout_s=settings.drain_timeout_s, stop_work=server.engine.close)
     try:
-        uvicorn.run(
-            create_app(server, settings),
-            host=settings.host,
-            port=settings.port,
-            log_level="warning" if settings.log_level == "info" else settings.log_level,
-            timeout_graceful_shutdown=30,
-        )
+        web.run()
     finally:
         server.close()
+    if not web.started:
+        raise typer.Exit(3)
 
 
-def _report_ready(settings: Settings, model_id: str, names: list[str], report: Any) -> None:
+def _report_ready(settings: Settings, model_id: str, names: list[str]) -> None:
     url = f"http://{settings.host}:{settings.port}"
     example = '{"inputs": "What is the capital of France?"'
     report(f"ready: {model_id} with {len(names)} adapters{': ' + ', '.join(names[:10]) if names else ''}")
@@ -204,8 +153,3 @@ def _report_ready(settings: Settings, model_id: str, names: list[str], report: A
     choices = [""] + [f', "parameters": {{"adapter_id": "{name}"}}' for name in names[:1]]
     for choice in choices:
         console.print(f"  curl {url}/generate -H 'Content-Type: application/json' -d '{example}{choice}}}'")
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    app()

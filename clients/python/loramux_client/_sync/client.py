@@ -1,0 +1,258 @@
+# Made from _async/client.py by make_sync.py: change that file.
+"""The client: methods name an operation and hand it to their driver."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self, Unpack
+
+import httpx
+
+from loramux_client import _adapters, _generation, _keys
+from loramux_client._sync.driver import Driver, Stream
+from loramux_client._connection import INFO, READY, http_arguments
+from loramux_client._retry import RetryPolicy
+from loramux_client._upload import Progress
+from loramux_client.errors import UnavailableError
+from loramux_client.models import Adapter, ChatAnswer, ChatDelta, Generation, Key, KeyLimits, NewKey, ServerInfo, Token
+from loramux_client.options import Adapters, ChatOptions, GenerateOptions, Message
+
+__all__ = ["AdapterCalls", "Client", "KeyCalls"]
+
+AdapterList = list[Adapter]  # a method below is called `list`
+KeyList = list[Key]
+
+
+class Client:
+    """A loramux server.
+
+    Args:
+        url: where it is; by default $LORAMUX_URL, or http://127.0.0.1:8000.
+        api_key: by default $LORAMUX_API_KEY, or none.
+        timeout_s: for each step of an exchange: how long the server may say nothing.
+        retries: how often and how patiently to try again.
+        headers: sent with every request.
+        transport: httpx's, for proxies, unix sockets and tests.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 600.0,
+        retries: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
+        headers: dict[str, str] | None = None,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        http = httpx.Client(**http_arguments(url, api_key, timeout_s, headers), transport=transport)
+        self._driver = Driver(http, retries)
+        self.adapters = AdapterCalls(self._driver)
+        self.keys = KeyCalls(self._driver)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections. Calling it again does nothing."""
+        self._driver.http.close()
+
+    def is_ready(self) -> bool:
+        """The server takes new requests: it is not starting, draining or broken."""
+        try:
+            self._driver.run(READY)
+        except UnavailableError:
+            return False
+        return True
+
+    def info(self) -> ServerInfo:
+        """What is served, and its limits."""
+        return self._driver.run(INFO)
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        adapters: Adapters = None,
+        timeout_s: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation:
+        """The whole answer to a prompt, by the base model, one adapter or a weighted mix."""
+        return self._driver.run(_generation.generate("/generate", prompt, adapters, options, timeout_s))
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        adapters: Adapters = None,
+        timeout_s: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Stream[Token, Generation]:
+        """The same token by token."""
+        operation = _generation.generate("/generate_stream", prompt, adapters, options, timeout_s)
+        return Stream(self._driver, operation, _generation.TokenAssembler())
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        adapters: Adapters = None,
+        timeout_s: float | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> ChatAnswer:
+        """The answer to a conversation, through the model's chat template."""
+        return self._driver.run(_generation.chat(messages, adapters, options, timeout_s, is_stream=False))
+
+    def chat_stream(
+        self,
+        messages: Sequence[Message],
+        *,
+        adapters: Adapters = None,
+        timeout_s: float | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Stream[ChatDelta, ChatAnswer]:
+        """The same piece by piece."""
+        operation = _generation.chat(messages, adapters, options, timeout_s, is_stream=True)
+        return Stream(self._driver, operation, _generation.ChatAssembler())
+
+
+class AdapterCalls:
+    """`client.adapters`: what can be done with adapters."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    def list(self) -> AdapterList:
+        """All adapters that you may see, by name."""
+        return self._driver.run(_adapters.list_adapters())
+
+    def get(self, name: str) -> Adapter:
+        """One adapter."""
+        return self._driver.run(_adapters.get_adapter(name))
+
+    def upload(
+        self,
+        source: str | Path,
+        name: str | None = None,
+        *,
+        expected_generation: int | None = None,
+        promote: bool = True,
+        labels: Mapping[str, str] | None = None,
+        note: str | None = None,
+        progress: Progress | bool = False,
+        timeout_s: float | None = None,
+    ) -> Adapter:
+        """Upload a PEFT folder, or a zip, tar or tar.gz of one. When this returns, it is checked and safe on disk.
+
+        Args:
+            name: by default that of the folder or archive.
+            expected_generation: refuse unless this is the current one; 0 if there should be none.
+            promote: False leaves the current generation; the new one is then `name@generation`.
+            progress: True draws a bar on the terminal; a function is called with bytes sent and bytes in all.
+
+        Raises:
+            FileNotFoundError: the folder lacks a file of an adapter.
+            ConflictError: another generation is current than expected.
+        """
+        return self._driver.run(
+            _adapters.upload_adapter(
+                source,
+                name,
+                progress,
+                timeout_s,
+                expected_generation=expected_generation,
+                promote=None if promote else False,
+                labels=labels,
+                note=note,
+            )
+        )
+
+    def delete(
+        self, name: str, *, generation: int | None = None, expected_generation: int | None = None
+    ) -> Adapter:
+        """Delete an adapter, or one generation that is not current. New requests fail at once, running ones finish."""
+        return self._driver.run(_adapters.delete_adapter(name, generation, expected_generation))
+
+    def generations(self, name: str) -> AdapterList:
+        """All kept generations of a name, newest first."""
+        return self._driver.run(_adapters.list_generations(name))
+
+    def rollback(self, name: str, *, expected_generation: int | None = None) -> Adapter:
+        """Make the next older kept generation the current one."""
+        return self._driver.run(_adapters.post_action(name, "rollback", expected_generation=expected_generation))
+
+    def promote(self, name: str, generation: int, *, expected_generation: int | None = None) -> Adapter:
+        """Make a kept generation the current one."""
+        return self._driver.run(
+            _adapters.post_action(name, "promote", generation=generation, expected_generation=expected_generation)
+        )
+
+    def annotate(
+        self,
+        name: str,
+        *,
+        generation: int | None = None,
+        labels: Mapping[str, str] | None = None,
+        note: str | None = None,
+    ) -> Adapter:
+        """Replace a generation's labels or note, by default the current one's."""
+        return self._driver.run(_adapters.annotate_adapter(name, generation, labels, note))
+
+    def warm(self, name: str, *, timeout_s: float | None = None) -> Adapter:
+        """Make an adapter ready for use; returns when it is."""
+        operation = _adapters.post_action(name, "warm", changes_nothing=True, timeout_s=timeout_s)
+        return self._driver.run(operation)
+
+    def evict(self, name: str) -> Adapter:
+        """Free an adapter's memory, once the requests that use it have ended."""
+        return self._driver.run(_adapters.post_action(name, "evict"))
+
+    def pin(self, name: str) -> Adapter:
+        """Keep the name's current generation, whichever it is, ready for use."""
+        return self._driver.run(_adapters.post_action(name, "pin"))
+
+    def unpin(self, name: str) -> Adapter:
+        """Let the adapter come and go again."""
+        return self._driver.run(_adapters.post_action(name, "unpin"))
+
+
+class KeyCalls:
+    """`client.keys`: API keys; for keys with the scope `admin`."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    def list(self) -> KeyList:
+        """All keys, oldest first, without their secrets."""
+        return self._driver.run(_keys.list_keys())
+
+    def create(
+        self,
+        name: str,
+        scopes: Sequence[str],
+        *,
+        tenant: str | None = None,
+        adapters: Sequence[str] | None = None,
+        limits: KeyLimits | None = None,
+        expires_at: datetime | None = None,
+    ) -> NewKey:
+        """Make a key. Its `secret` is in this answer and nowhere else."""
+        body = {
+            "name": name,
+            "scopes": [*scopes],
+            "tenant": tenant,
+            "adapters": None if adapters is None else [*adapters],
+            "limits": None if limits is None else limits.model_dump(),
+            "expires_at": None if expires_at is None else expires_at.isoformat(),
+        }
+        return self._driver.run(_keys.create_key(body))
+
+    def revoke(self, key_id: str) -> Key:
+        """End a key: it is not valid from now on."""
+        return self._driver.run(_keys.revoke_key(key_id))

@@ -1,0 +1,1 @@
+"""Tests of keys, tenants, limits and the audit log."""

@@ -1,0 +1,290 @@
+"""Tenants: each sees its own adapters and the public ones; the others' do not exist."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from loramux_client import AuthenticationError, Client, PermissionDeniedError
+from loramux_client import KeyLimits as ClientLimits
+from server.adapters.service import AdapterService
+from server.auth.keys import KeyLimits, Scope
+from server.tenancy import CallerAdapters
+from tests.auth.conftest import Guarded, upload
+
+Call = Callable[[httpx.Client, str], httpx.Response]
+GREEDY = {"max_new_tokens": 6, "ignore_eos_token": True}
+
+
+def generate(client: httpx.Client, name: str, prompt: str = "Hello") -> httpx.Response:
+    return client.post("/generate", json={"inputs": prompt, "parameters": GREEDY | {"adapter_id": name}})
+
+
+MESSAGES = [{"role": "user", "content": "x"}]
+# Every way to say an adapter's name to the server.
+CALLS: dict[str, Call] = {
+    "generate": generate,
+    "stream": lambda c, n: c.post("/generate_stream", json={"inputs": "x", "parameters": {"adapter_id": n}}),
+    "mix": lambda c, n: c.post("/generate", json={"inputs": "x", "adapters": [{"name": n}, {"name": "public"}]}),
+    "merged": lambda c, n: c.post("/generate", json={"inputs": "x", "parameters": {"merged_adapters": {"ids": [n]}}}),
+    "header": lambda c, n: c.post("/generate", json={"inputs": "x"}, headers={"X-Adapter-Id": n}),
+    "list": lambda c, n: c.post("/", json={"inputs": "x", "parameters": {"adapter_id": n}}),
+    "completion": lambda c, n: c.post("/v1/completions", json={"model": n, "prompt": "x"}),
+    "completion_of_base": lambda c, n: c.post("/v1/completions", json={"model": f"tiny:{n}", "prompt": "x"}),
+    "completion_stream": lambda c, n: c.post("/v1/completions", json={"model": n, "prompt": "x", "stream": True}),
+    "completion_mix": lambda c, n: c.post("/v1/completions", json={"prompt": "x", "adapters": [{"name": n}]}),
+    "chat": lambda c, n: c.post("/v1/chat/completions", json={"model": n, "messages": MESSAGES}),
+    "model": lambda c, n: c.get(f"/v1/models/{n}"),
+    "show": lambda c, n: c.get(f"/admin/adapters/{n}"),
+    "delete": lambda c, n: c.delete(f"/admin/adapters/{n}"),
+    "annotate": lambda c, n: c.patch(f"/admin/adapters/{n}", json={"note": "x"}),
+    "generations": lambda c, n: c.get(f"/admin/adapters/{n}/generations"),
+    "delete_generation": lambda c, n: c.delete(f"/admin/adapters/{n}/generations/1"),
+    "promote": lambda c, n: c.post(f"/admin/adapters/{n}/promote", json={"generation": 1}),
+    "warm": lambda c, n: c.post(f"/admin/adapters/{n}/warm"),
+    "rollback": lambda c, n: c.post(f"/admin/adapters/{n}/rollback"),
+}
+
+
+def test_every_method_of_the_service_has_a_tenants_form() -> None:
+    for_nobody = {"import_folder", "names_by_digest", "apply_pins"}  # the server's own
+
+    def public(kind: type) -> set[str]:
+        return {name for name in vars(kind) if not name.startswith("_")}
+
+    assert public(CallerAdapters) - {"knows"} == public(AdapterService) - for_nobody
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_what_belongs_to_others_is_like_what_nobody_has(guarded: Guarded, call: Call) -> None:
+    """`secret` is b's. For a, and for a key without a tenant, the answers are those for `nobody`, byte for byte."""
+    for key in ("a", "operator"):
+        with guarded.client(key) as client:
+            for theirs, nobodys in (("secret", "nobody"), ("b~secret", "b~nobody"), ("secret@1", "nobody@1")):
+                found, missing = call(client, theirs), call(client, nobodys)
+                assert found.status_code == missing.status_code == 404, found.text
+                assert found.content.replace(b"secret", b"nobody") == missing.content
+                same = {"x-request-id", "date", "content-length"}
+                assert {k: v for k, v in found.headers.items() if k not in same} == {
+                    k: v for k, v in missing.headers.items() if k not in same
+                }
+    with guarded.client("b") as owner:
+        assert owner.get("/admin/adapters/secret").status_code == 200
+
+
+def test_everybody_lists_what_is_theirs(guarded: Guarded) -> None:
+    expected = {
+        "a": {"own", "public"},
+        "b": {"own", "secret", "public"},
+        "operator": {"public"},
+        "admin": {"a~own", "b~own", "b~secret", "public"},
+    }
+    for key, names in expected.items():
+        with guarded.client(key) as client:
+            assert {adapter["name"] for adapter in client.get("/admin/adapters").json()["adapters"]} == names
+            assert {card["id"] for card in client.get("/v1/models").json()["data"][1:]} == names
+
+
+def test_the_same_name_is_another_adapter_for_each_tenant(guarded: Guarded) -> None:
+    with guarded.client("a") as a, guarded.client("b") as b, guarded.client("admin") as admin:
+        assert generate(a, "own").json() == generate(admin, "a~own").json() != generate(b, "own").json()
+        assert generate(b, "own").json() == generate(admin, "b~own").json()
+        assert generate(a, "public").json() == generate(b, "public").json()
+        assert a.get("/admin/adapters/own").json()["details"]["type"] == "lora"
+        assert b.get("/admin/adapters/own").json()["details"]["type"] == "dora"
+        assert generate(admin, "own").status_code == 404
+
+
+def test_a_tenant_changes_only_its_own(guarded: Guarded) -> None:
+    with guarded.client("a") as a, guarded.client("operator") as operator, guarded.client("admin") as admin:
+        for call in ("delete", "annotate", "rollback"):
+            assert CALLS[call](a, "public").status_code == 404
+        response = upload(a, "public", guarded.folders["rslora"])  # hides the public one, for a alone
+        assert response.status_code == 201
+        assert response.json()["name"] == "public"
+        assert generate(a, "public").json() == generate(admin, "a~public").json() != generate(operator, "public").json()
+        shown = a.get("/admin/adapters/public").json()
+        changed = {"residency", "usage"}
+        assert {k: v for k, v in shown.items() if k not in changed} == {
+            k: v for k, v in response.json().items() if k not in changed
+        }
+        assert a.delete("/admin/adapters/public").json()["name"] == "public"
+        assert generate(a, "public").json() == generate(operator, "public").json()
+        for key in ("a", "operator"):
+            with guarded.client(key) as client:
+                refused = upload(client, "b~smuggled", guarded.folders["rank4"])
+                assert refused.status_code == 403
+                assert refused.json()["error"]["code"] == "adapter_not_allowed"
+        assert upload(a, "x/y", guarded.folders["rank4"]).json()["error"]["code"] == "adapter_name_invalid"
+
+
+def test_generations_are_the_tenants_own(guarded: Guarded) -> None:
+    with guarded.client("a") as a, guarded.client("b") as b:
+        assert upload(a, "own", guarded.folders["rank8"]).json()["generation"] == 2
+        assert generate(a, "own@1").json() != generate(a, "own@2").json()
+        assert [g["generation"] for g in a.get("/admin/adapters/own/generations").json()["generations"]] == [2, 1]
+        assert {g["name"] for g in a.get("/admin/adapters/own/generations").json()["generations"]} == {"own"}
+        assert generate(b, "own@2").status_code == 404
+        assert a.post("/admin/adapters/own/rollback").json()["generation"] == 1
+        wrong = a.delete("/admin/adapters/own", params={"expected_generation": 7})
+        assert wrong.status_code == 409
+        assert "a~" not in wrong.text
+
+
+def test_a_keys_own_list_confines_it(guarded: Guarded) -> None:
+    guarded.add_key("narrow", [Scope.GENERATE, Scope.ADAPTERS_READ, Scope.ADAPTERS_WRITE], tenant="b", adapters=["o*"])
+    with guarded.client("narrow") as client:
+        assert generate(client, "own").status_code == 200
+        assert generate(client, "own@1").status_code == 200
+        for name in ("secret", "public", "nobody"):
+            for call in CALLS.values():
+                assert call(client, name).status_code == 404
+        assert [a["name"] for a in client.get("/admin/adapters").json()["adapters"]] == ["own"]
+        assert upload(client, "secret", guarded.folders["rank4"]).json()["error"]["code"] == "adapter_not_allowed"
+        assert client.post("/generate", json={"inputs": "x", "parameters": {"max_new_tokens": 1}}).status_code == 200
+
+
+def test_the_engine_is_told_whose_a_request_is(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+    tenants = []
+    submit = guarded.server.engine.submit
+    monkeypatch.setattr(
+        guarded.server.engine, "submit", lambda request: tenants.append(request.tenant) or submit(request)
+    )
+    for key in ("a", "b", "operator"):
+        with guarded.client(key) as client:
+            assert generate(client, "public").status_code == 200
+    assert tenants == ["a", "b", ""]
+
+
+def test_limits_are_held(guarded: Guarded) -> None:
+    guarded.add_key("slow", [Scope.GENERATE], limits=KeyLimits(requests_per_minute=2))
+    guarded.add_key("small", [Scope.GENERATE], limits=KeyLimits(tokens_per_minute=10))
+    guarded.add_key("one", [Scope.GENERATE], limits=KeyLimits(max_concurrent=1))
+    body: dict[str, Any] = {"inputs": "Hello", "parameters": GREEDY | {"max_new_tokens": 20}}
+    with guarded.client("slow") as client:
+        statuses = [client.post("/generate", json=body).status_code for _ in range(3)]
+        refused = client.post("/generate", json=body)
+        assert statuses == [200, 200, 429]
+        assert (refused.json()["code"], refused.json()["error_type"]) == ("rate_limited", "overloaded")
+        assert 1 <= int(refused.headers["Retry-After"]) <= 31
+        assert client.get("/v1/models").status_code == 200
+    with guarded.client("small") as client:
+        assert [client.post("/generate", json=body).status_code for _ in range(2)] == [200, 429]
+    with guarded.client("one") as client:
+        long = {"inputs": "Hello", "parameters": {"max_new_tokens": 400, "ignore_eos_token": True}}
+        with client.stream("POST", "/generate_stream", json=long) as response:
+            lines = response.iter_lines()
+            next(lines)
+            with guarded.client("one") as other:
+                assert other.post("/generate", json=body).json()["code"] == "concurrency_limited"
+        deadline = time.monotonic() + 10
+        while client.post("/generate", json=body).status_code == 429:
+            assert time.monotonic() < deadline
+
+
+def test_keys_over_http(guarded: Guarded) -> None:
+    with guarded.client("admin") as admin:
+        wanted = {"name": "made", "scopes": ["generate"], "tenant": "b", "limits": {"max_concurrent": 5}}
+        made = admin.post("/admin/keys", json=wanted)
+        assert made.status_code == 201
+        key = made.json()
+        assert "sha256" not in key
+        listed = admin.get("/admin/keys").json()["keys"]
+        assert {k: v for k, v in key.items() if k != "secret"} in listed
+        assert key["secret"] not in admin.get("/admin/keys").text
+        with guarded.client(key["secret"]) as client:
+            assert generate(client, "secret").status_code == 200
+            assert client.get("/admin/keys").status_code == 403
+            assert admin.delete(f"/admin/keys/{key['key_id']}").json()["name"] == "made"
+            assert generate(client, "secret").status_code == 401
+        assert admin.delete(f"/admin/keys/{key['key_id']}").json()["error"]["code"] == "key_not_found"
+        for bad in (
+            {"scopes": ["admin"], "tenant": "a"},
+            {"scopes": ["all"]},
+            {"scopes": []},
+            {"tenant": "A"},
+            {"x": 1},
+        ):
+            response = admin.post("/admin/keys", json={"name": "bad", "scopes": ["generate"]} | bad)
+            assert (response.status_code, response.json()["error"]["code"]) == (422, "invalid_value"), response.text
+
+
+def test_keys_by_the_client(guarded: Guarded) -> None:
+    with Client(guarded.url, api_key=guarded.secrets["admin"]) as admin:
+        limits = ClientLimits(requests_per_minute=5)
+        made = admin.keys.create("clients", ["generate"], tenant="b", adapters=["sec*"], limits=limits)
+        assert (made.tenant, made.adapters, made.limits) == ("b", ["sec*"], limits)
+        assert made.key_id in {key.key_id for key in admin.keys.list()}
+        with Client(guarded.url, api_key=made.secret) as client:
+            assert client.generate("x", adapters="secret", max_new_tokens=1).num_generated_tokens == 1
+            with pytest.raises(PermissionDeniedError):
+                client.keys.list()
+            admin.keys.revoke(made.key_id)
+            with pytest.raises(AuthenticationError):
+                client.info()
+
+
+def test_the_audit_log_has_what_was_changed(guarded: Guarded) -> None:
+    before = len(guarded.audit())
+    with guarded.client("b", **{"X-Request-Id": "audited"}) as client:
+        generation = upload(client, "logged", guarded.folders["rank4"]).json()
+        client.get("/admin/adapters/logged")
+        client.delete("/admin/adapters/logged")
+        client.delete("/admin/adapters/logged")
+        client.get("/admin/keys")
+    key_ids = {record.name: record.key_id for record in guarded.keys.records()}
+    entries = guarded.audit()[before:]
+    assert [(e["event"], e["method"], e.get("status")) for e in entries] == [
+        ("begun", "POST", None),
+        ("ended", "POST", 201),
+        ("begun", "DELETE", None),
+        ("ended", "DELETE", 200),
+        ("begun", "DELETE", None),
+        ("ended", "DELETE", 404),
+    ]
+    assert {(e["key_id"], e["tenant"], e["request_id"]) for e in entries} == {(key_ids["b"], "b", "audited")}
+    uploaded = entries[1]
+    assert (uploaded["action"], uploaded["adapter"]) == ("upload", "b~logged")
+    assert (uploaded["generation"], uploaded["digest"]) == (generation["generation"], generation["digest"])
+    assert all(secret not in guarded.audit_path.read_text() for secret in guarded.secrets.values())
+
+
+def test_nothing_is_changed_that_cannot_be_logged(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+    audit = guarded.server.audit
+    assert audit is not None
+    descriptor = audit._descriptor
+    with guarded.client("b") as client:
+        monkeypatch.setattr(audit, "_descriptor", None)
+        refused = client.delete("/admin/adapters/secret")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "storage_unavailable")
+        monkeypatch.setattr(audit, "_descriptor", descriptor)
+        assert client.get("/admin/adapters/secret").status_code == 200
+
+
+def test_metrics_are_the_administrators(guarded: Guarded) -> None:
+    with guarded.client("a") as a, guarded.client("admin") as admin:
+        assert a.get("/metrics").status_code == 403
+        assert admin.get("/metrics").status_code == 200
+
+
+def test_a_look_up_takes_as_long_for_what_others_have(guarded: Guarded) -> None:
+    """Medians of many look-ups, in turn; only a rough bound, as other processes share the machine."""
+    from server.auth.caller import Caller
+    from server.errors import NotFoundError
+
+    view = CallerAdapters(
+        guarded.server.adapters, Caller("k", "a", frozenset(Scope) - {Scope.ADMIN}), lambda facts: None
+    )
+    taken: dict[str, list[float]] = {"secret": [], "nobody": []}
+    for _ in range(1000):
+        for name, times in taken.items():
+            start_s = time.perf_counter()
+            with pytest.raises(NotFoundError):
+                view.get(name)
+            times.append(time.perf_counter() - start_s)
+    medians = [statistics.median(times) for times in taken.values()]
+    print(f"medians {medians[0] * 1e6:.2f} µs for another tenant's, {medians[1] * 1e6:.2f} µs for nobody's")
+    assert max(medians) < 1.25 * min(medians)

@@ -1,0 +1,1 @@
+"""Tests of what runs a server: signals, containers, manifests."""
