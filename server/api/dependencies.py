@@ -53,6 +53,15 @@ async def _metrics(request: Request) -> Metrics:
     return request.app.state.metrics
 
 
+async def _info(request: Request) -> Info:
+    return request.app.state.info
+
+
+async def _all_adapters(request: Request) -> AdapterService:
+    """For routes that only the scope `admin` reaches."""
+    return request.app.state.adapters
+
+
 async def _imports(request: Request) -> ImportRoot:
     return request.app.state.imports
 
@@ -61,15 +70,6 @@ async def _jobs(request: Request) -> JobQueue:
     return request.app.state.jobs
 
 
-async def _all_adapters(request: Request) -> AdapterService:
-    return request.app.state.adapters
-
-
-async def _info(request: Request) -> Info:
-    return request.app.state.info
-
-
-# For routes that need the scope `admin`: adapters of all tenants, by their stored names.
 AllAdapters = Annotated[AdapterService, Depends(_all_adapters)]
 Imports = Annotated[ImportRoot, Depends(_imports)]
 Jobs = Annotated[JobQueue, Depends(_jobs)]

@@ -4,6 +4,5 @@ from server.api import admin, chat, completions, draining, jobs, keys, lifecycle
 
 __all__ = ["ROUTERS"]
 
-ROUTERS = tuple(
-    part.router for part in (tgi, completions, chat, tokens, lifecycle, system, draining, admin, tiers, jobs, keys)
-)
+GENERATING = (tgi, completions, chat, tokens)
+ROUTERS = tuple(part.router for part in (*GENERATING, system, draining, admin, tiers, jobs, lifecycle, keys))

@@ -151,9 +151,12 @@ def _serve(settings: Settings) -> None:
 
 def _report_ready(settings: Settings, model_id: str, names: list[str]) -> None:
     url = f"http://{settings.host}:{settings.port}"
-    example = '{"inputs": "What is the capital of France?"'
     report(f"ready: {model_id} with {len(names)} adapters{': ' + ', '.join(names[:10]) if names else ''}")
     report(f"API docs at {url}/docs. Try:")
-    choices = [""] + [f', "parameters": {{"adapter_id": "{name}"}}' for name in names[:1]]
-    for choice in choices:
-        console.print(f"  curl {url}/generate -H 'Content-Type: application/json' -d '{example}{choice}}}'")
+    bodies = ['{"inputs": "The capital of France is", "parameters": {"max_new_tokens": 12}}']
+    bodies += [
+        f'{{"inputs": "What is the capital of France?", "parameters": {{"adapter_id": "{name}"}}}}'
+        for name in names[:1]
+    ]
+    for body in bodies:
+        console.print(f"  curl {url}/generate -H 'Content-Type: application/json' -d '{body}'")

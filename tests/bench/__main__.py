@@ -20,7 +20,7 @@ from tests.bench import report
 from tests.bench.client import run_jobs, summary
 from tests.bench.machine import QUIET, CpuAccount, memory_bytes, start_quietly
 from tests.bench.material import Material
-from tests.bench.peers import IN_PROCESS, SERVERS, jobs_for, run_in_process, serve
+from tests.bench.peers import IN_PROCESS, PACKAGES, SERVERS, jobs_for, run_in_process, serve
 from tests.bench.workloads import WORKLOADS, Workload
 
 RESULTS = Path(__file__).with_name("results")
@@ -88,6 +88,31 @@ def can(peer: str, workload: Workload) -> bool:
     return peer == "peft" or not workload.num_adapters
 
 
+def measure_cell(peer: str, name: str, material: Material, rounds: int, run: str, found: dict[str, Any]) -> None:
+    """Measure one peer on one workload and put it among what was found."""
+    measure = measure_in_process if peer in IN_PROCESS else measure_server
+    try:
+        cell = measure(peer, name, material, rounds)
+    except (RuntimeError, TimeoutError, OSError) as error:
+        print(f"{peer} {name}: {error}", flush=True)
+        return
+    cell |= {"run": run, "quiet": os.environ.get(QUIET) == "1"}
+    if peer in SERVERS:
+        cell["versions"] = versions(peer)
+    found["cells"][f"{peer}/{name}"] = cell
+    best = max(one["output_tokens_per_s"] for one in cell["runs"])
+    others = max(cell["other_cpu_share"])
+    flag = "  OTHERS BUSY" if others > MAX_OTHER_SHARE else ""
+    print(f"{peer:22} {name:5} {best:7.1f} tok/s  others {others:.2f}{flag}", flush=True)
+
+
+def versions(peer: str) -> dict[str, str]:
+    package = SERVERS[peer].package
+    if package:
+        return dict(pinned.split("==") for pinned in PACKAGES[package])
+    return {name: version(name) for name in ("torch", "transformers", "loramux")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -105,29 +130,12 @@ def main() -> None:
         found["machine"] = report.machine()
         material = Material()
         run_id = time.strftime("%Y-%m-%dT%H:%M:%S")
-        for peer in args.peers.split(","):
-            for name in args.workloads.split(","):
-                if not can(peer, WORKLOADS[name]):
-                    continue
-                measure = measure_in_process if peer in IN_PROCESS else measure_server
-                try:
-                    cell = measure(peer, name, material, args.rounds)
-                except (RuntimeError, TimeoutError, OSError) as error:
-                    print(f"{peer} {name}: {error}", flush=True)
-                    continue
-                cell |= {"run": run_id, "quiet": os.environ.get(QUIET) == "1"}
-                if peer.startswith("loramux"):
-                    cell["versions"] = {p: version(p) for p in ("torch", "transformers", "loramux")}
-                found["cells"][f"{peer}/{name}"] = cell
-                RESULTS.mkdir(exist_ok=True)
-                path.write_text(json.dumps(found, indent=1))
-                best = max(run["output_tokens_per_s"] for run in cell["runs"])
-                others = max(cell["other_cpu_share"])
-                flag = "  OTHERS BUSY" if others > MAX_OTHER_SHARE else ""
-                print(
-                    f"{peer:22} {name:5} {best:7.1f} tok/s  others {others:.2f}{flag}",
-                    flush=True,
-                )
+        for name in args.workloads.split(","):  # all peers on one piece of work, then the next
+            for peer in args.peers.split(","):
+                if can(peer, WORKLOADS[name]):
+                    measure_cell(peer, name, material, args.rounds, run_id, found)
+                    RESULTS.mkdir(exist_ok=True)
+                    path.write_text(json.dumps(found, indent=1))
     print(report.render(found))
 
 

@@ -159,6 +159,9 @@ SERVERS = {
         ),
         job=_loramux_job,
     ),
+    "loramux-no-prefix-cache": Server(
+        package="", can=_only_base, command=_loramux_command("--no-prefix-cache"), job=_loramux_job
+    ),
     "vllm": Server(
         package="vllm", can=_only_base, command=_vllm_command(lora=False), job=_vllm_job, environ=VLLM_ENVIRON
     ),
