@@ -5,11 +5,12 @@ from typing import Annotated
 
 import typer
 
-from server.cli import adapters, keys
+from server.cli import adapters, jobs, keys
 from server.cli.bench import bench
 from server.cli.chat import chat
 from server.cli.doctor import doctor
 from server.cli.generate import generate
+from server.cli.jobs import convert, merge, mix
 from server.cli.serve import serve
 
 __all__ = ["app", "main"]
@@ -35,9 +36,10 @@ def root(
         typer.echo(ctx.get_help())
 
 
-for command in (serve, generate, chat, bench, doctor):
+for command in (serve, generate, chat, mix, merge, convert, bench, doctor):
     app.command()(command)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")
 
 

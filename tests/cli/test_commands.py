@@ -135,3 +135,25 @@ def test_doctor(live: Live, run: Run, tiny: Any, tmp_path: Path, monkeypatch: py
 
 def test_nothing_steers_the_terminal() -> None:
     assert plain("a\x1b[2Jb\nc\td\u202ee\x9b") == "a\ufffd[2Jb\nc\td\ufffde\ufffd"
+
+
+def test_jobs_from_the_command_line(live: Live, run: Run) -> None:
+    mixed = json.loads(run("mix", "mixed", "-a", "rank4=1", "-a", "rank8=0.5", "--type", "cat", "--json").stdout)
+    assert (mixed["kind"], mixed["state"], mixed["fraction"]) == ("mix", "succeeded", 1.0)
+    assert json.loads(run("adapters", "show", "mixed", "--json").stdout)["generation"] == 1
+    whole = json.loads(run("generate", PROMPT, "-n", 8, "-a", "mixed", "--json").stdout)["text"]
+    assert (
+        whole
+        == json.loads(run("generate", PROMPT, "-n", 8, "-a", "rank4=1", "-a", "rank8=0.5", "--json").stdout)["text"]
+    )
+    queued = run("convert", "dora", "converted", "--rank", 8, "--no-wait")
+    job_id = json.loads(run("jobs", "ls", "--json").stdout)[0]["job_id"]
+    assert job_id in queued.stderr
+    assert json.loads(run("jobs", "wait", job_id, "--json").stdout)["state"] == "succeeded"
+    assert "succeeded" in run("jobs", "show", job_id).stdout
+    assert "convert" in run("jobs", "ls").stdout
+    run("jobs", "cancel", job_id, status=1)
+    run("jobs", "show", "nothing", status=3)
+    run("mix", "worse", "-a", "nobody", status=3)
+    for name in ("mixed", "converted"):
+        run("adapters", "rm", name, "-y")
