@@ -282,7 +282,7 @@ def token_layer(model: nn.Module, router: Router, name: str, *, head: str | None
 
 
 def _is_tied(model: nn.Module, head: nn.Module, weight: Tensor) -> bool:
-    """The output embedding has the input's weight. A packed one (`lora_core.shared`) is a copy: the model tells then."""
+    """The output embedding has the input's weight; of a packed one, which is a copy, the model tells."""
     if "weight" in dict(head.named_parameters(recurse=False)):
         return getattr(head, "weight", None) is weight
     return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
