@@ -272,13 +272,12 @@ class LoraLayer(AdapterModule):
         """The adapter folded afresh from its parameters, differentiable (`AdapterSource`)."""
         if not isinstance(key, str) or not (self.has_factors(key) or key in self.trained_bias):
             return None
-        trained = self.trained_bias[key] - self.bias if key in self.trained_bias else None
+        bias = self._bias_change(key)
         if not self.has_factors(key):
-            like = cast(Tensor, trained)
-            return Folded(like.new_empty(0, self.in_features), like.new_empty(0, self.out_features), None, trained)
+            like = cast(Tensor, bias)
+            return Folded(like.new_empty(0, self.in_features), like.new_empty(0, self.out_features), None, bias)
         part = self.effective(key)
         out = fold(part, self.scaling[key], None if part.magnitude is None else self.matrix())
-        bias = trained if out.bias is None else out.bias if trained is None else out.bias + trained
         dropout = self.lora_dropout[key] if key in self.lora_dropout else None  # noqa: SIM401 - a ModuleDict has no get
         return Folded(out.a, out.b, out.gain, bias, dropout)
 
@@ -303,17 +302,32 @@ class LoraLayer(AdapterModule):
             if self.has_factors(name):
                 if matrix is None:
                     matrix = self.matrix().detach().float() if self.weight.dtype in HALF else self.matrix().detach()
-                matrix = matrix + weight * self.delta_matrix(name)
-            folded = self.folded(name)
-            if folded is not None and folded.bias is not None:
+                matrix = self._plus_delta(matrix, name, weight)
+            change = self._bias_change(name)
+            if change is not None:
                 if bias is None:
                     raise UnsupportedError(
                         "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
                     )
-                bias = out["bias"] = (bias + weight * folded.bias).to(self.bias.dtype)
+                bias = out["bias"] = (bias + weight * change).to(self.bias.dtype)
         if matrix is not None:
             out["weight"] = self.stored(matrix)
         return out
+
+    def _plus_delta(self, matrix: Tensor, name: str, weight: float) -> Tensor:
+        """matrix [O, I] + weight · the adapter's change; in one pass without DoRA."""
+        if name in self.lora_magnitude_vector or getattr(self.base_layer, "groups", 1) > 1:
+            return matrix + weight * self.delta_matrix(name)
+        part = self.effective(name)
+        return torch.addmm(matrix, part.lora_B.to(matrix), part.lora_A.to(matrix), alpha=weight * self.scaling[name])
+
+    def _bias_change(self, name: str) -> Tensor | None:
+        """What the adapter adds to the layer's output as a constant, [O]."""
+        trained = self.trained_bias[name] - self.bias if name in self.trained_bias else None
+        own = self.tensors(name).bias if self.has_factors(name) else None
+        if own is None:
+            return trained
+        return own * self.scaling[name] if trained is None else own * self.scaling[name] + trained
 
     def stored(self, matrix: Tensor) -> Tensor:
         """[O, I] in the form, dtype and quantization of the base weight."""

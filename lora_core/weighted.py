@@ -12,7 +12,7 @@ PEFT's options and results, but for these:
 - A taken name is an error, and after any error the model is as it was.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -53,6 +53,7 @@ def add_weighted_adapter(
     svd_driver: str | None = None,
     density: float | None = None,
     majority_sign_method: Literal["total", "frequency"] = "total",
+    report: Callable[[int, int], None] | None = None,
 ) -> None:
     """Add an adapter that combines others; it is inactive. Options are those of `MixOptions`.
 
@@ -61,6 +62,7 @@ def add_weighted_adapter(
             change times the weight.
         weights: one for each, of any sign.
         svd_rank: rank of the "svd" family's result, at most that of a module; the largest source rank by default.
+        report: called after each layer with the number of those that are done, and of all.
 
     Raises:
         AdapterNotFoundError: a source does not exist.
@@ -86,10 +88,12 @@ def add_weighted_adapter(
     model.add_adapter(adapter_name, _config(model, configs, ranks, options, keeps_dora))
     try:
         with torch.no_grad():
-            for name, layer in layers.items():
+            for i, (name, layer) in enumerate(layers.items(), 1):
                 own = layer.tensors(adapter_name)
                 for value, new in zip(own.tensors(), mix.tensors(layer, ranks[name], own).tensors(), strict=True):
                     value.copy_(new)
+                if report is not None:
+                    report(i, len(layers))
     except BaseException:
         model.delete_adapter(adapter_name)
         raise

@@ -13,6 +13,7 @@ import torch
 from fastapi import FastAPI
 
 from server.adapters.archive import ArchiveLimits
+from server.adapters.import_root import ImportRoot
 from server.adapters.loader import AdapterLoader, BankSlots, FoldedAdapter
 from server.adapters.registry import AdapterRegistry
 from server.adapters.service import AdapterService
@@ -35,6 +36,9 @@ from server.engine import EngineConfig, EngineLoop, ModelRunner, load_runner
 from server.engine.selfcheck import check_against_reference
 from server.errors import InvalidRequestError, NotFoundError
 from server.generation import GenerationService
+from server.jobs.handlers import AdapterJobs
+from server.jobs.queue import JobQueue
+from server.jobs.store import JobStore
 from server.memory import free_host_bytes
 from server.metrics import Metrics
 from server.schemas.body import MAX_SEQUENCES, MAX_STOP_STRINGS
@@ -64,6 +68,8 @@ class Server:
     store: AdapterStore
     registry: AdapterRegistry
     adapters: AdapterService
+    imports: ImportRoot
+    jobs: JobQueue
     structured: StructuredOutput
     generations: GenerationService
     names: ModelNames
@@ -134,6 +140,8 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
     base_names = frozenset({model_id, BASE_NAME})
     adapters = AdapterService(store, registry, loader, base_names=base_names, limits=limits)
     _import_adapters(settings, store, adapters, report)
+    imports = ImportRoot(settings.import_root)
+    jobs = _jobs(settings, path, store, adapters, imports)
     return Server(
         runner=runner,
         engine=engine,
@@ -141,6 +149,8 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
         store=store,
         registry=registry,
         adapters=adapters,
+        imports=imports,
+        jobs=jobs,
         structured=structured,
         generations=GenerationService(
             engine, codec, adapters, delivery, structured, default_max_new_tokens=settings.max_new_tokens
@@ -167,6 +177,7 @@ def create_app(server: Server, settings: Settings) -> FastAPI:
         server.delivery.attach(asyncio.get_running_loop())
         server.engine.start()
         server.adapters.apply_pins()
+        server.jobs.start()
         yield
         await asyncio.to_thread(server.close)
 
@@ -177,6 +188,8 @@ def create_app(server: Server, settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.adapters = server.adapters
+    app.state.imports = server.imports
+    app.state.jobs = server.jobs
     app.state.generations = server.generations
     app.state.names = server.names
     app.state.metrics = server.metrics
@@ -266,6 +279,22 @@ def _import_adapters(settings: Settings, store: AdapterStore, adapters: AdapterS
         if not store.has_history(name):
             record = adapters.import_folder(name, folder)
             report(f"imported adapter {name} ({record.details['type']}, rank {record.details['rank']})")
+
+
+def _jobs(
+    settings: Settings, base: Path, store: AdapterStore, adapters: AdapterService, imports: ImportRoot
+) -> JobQueue:
+    handler = AdapterJobs(
+        adapters,
+        store,
+        base=base,
+        exports=settings.store / "exports",
+        imports=imports,
+        allow_hub=settings.allow_hub,
+    )
+    jobs = JobQueue(JobStore(settings.store / "jobs"), handler)
+    jobs.open()
+    return jobs
 
 
 def _names(settings: Settings, adapters: AdapterService, model_id: str) -> ModelNames:

@@ -30,6 +30,13 @@ FAILPOINTS: Mapping[str, str] = {
     "lease.dropped": "the last use of an object is over, its bytes are still there",
     "object.trashed": "an object that nobody uses is in staging, its bytes are still there",
     "object.removed": "the bytes of an object that nobody used are gone",
+    "job.written": "a job's new state is fsynced, its file still has the old one",
+    "job.renamed": "a job's file has the new state, its folder is not fsynced",
+    "job.synced": "a job's new state is durable, nobody has been told",
+    "job.staged": "a job's result is complete in staging, not published",
+    "job.published": "a job's result is published, the job is not yet said to have succeeded",
+    "export.synced": "a merged model is fsynced in staging, not yet among the exports",
+    "export.renamed": "a merged model is among the exports, their folder is not fsynced",
 }
 
 

@@ -120,6 +120,7 @@ class GenerationService:
                     emit=self._delivery.emitter(group, i),
                     lease=lease,
                     tenant=self._tenant,
+                    cache_salt=self._tenant,
                     flow=tuple(sorted(task.adapters)),
                     text=self.codec.stream(ids, task.stop),
                     constraint=constraints[i] if constraints else None,

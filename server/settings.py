@@ -21,6 +21,8 @@ class Settings(BaseModel):
         drain_timeout_s: how long running requests may take once the server is told to stop.
         slot_memory, host_memory: None for a quarter of what is free once the model is loaded.
         model_aliases: more names for the base model, which some clients send when nobody named one.
+        import_root: folder under which paths in requests must lie; without it no path is taken.
+        allow_hub: adapters may be fetched from the Hugging Face hub.
         adapters: adapters to import at the start, folder by name; a name that the store knows already is left alone.
     """
 
@@ -55,6 +57,8 @@ class Settings(BaseModel):
     host_memory: Bytes | None = None
     max_new_tokens: int = Field(256, ge=1)
 
+    import_root: Path | None = None
+    allow_hub: bool = False
     max_json_bytes: Bytes = 2 << 20
     max_upload_bytes: Bytes = 512 << 20
     min_free_bytes: int = Field(2 << 30, ge=0)

@@ -43,6 +43,7 @@ class RegistryStats:
     Attributes:
         slots: slot by digest, of adapters whose arrays are there.
         host: size by digest.
+        leases: number of open leases by digest.
         pinned: digests that stay in their slots.
         slot_allocated_bytes: what the slots really take, used or not.
         usage: by digest; adapters that were never used are left out.
@@ -50,6 +51,7 @@ class RegistryStats:
 
     slots: Mapping[str, int]
     host: Mapping[str, int]
+    leases: Mapping[str, int]
     pinned: Collection[str]
     slot_tier: TierStats
     host_tier: TierStats

@@ -42,7 +42,7 @@ class AdapterLoader:
     def __init__(self, model: nn.Module, *, dtype: torch.dtype, max_rank: int) -> None:
         self._model = model
         self._dtype = dtype
-        self._max_rank = max_rank
+        self.max_rank = max_rank
 
     def fold(self, config_json: bytes, weights: bytes) -> FoldedAdapter:
         """Make an adapter ready for a slot.
@@ -66,9 +66,9 @@ class AdapterLoader:
         if bad is not None:
             raise InvalidAdapterError(f"module {bad!r} holds NaN or infinite values", code="adapter_not_finite")
         rank = max((part.rank for part in adapter.modules.values()), default=0)
-        if rank > self._max_rank:
+        if rank > self.max_rank:
             raise InvalidAdapterError(
-                f"the adapter has rank {rank}, at most {self._max_rank} is allowed", code="adapter_rank_too_large"
+                f"the adapter has rank {rank}, at most {self.max_rank} is allowed", code="adapter_rank_too_large"
             )
         folded = self._fold(adapter)
         return {

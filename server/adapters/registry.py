@@ -180,6 +180,7 @@ class AdapterRegistry:
             return RegistryStats(
                 slots={e.digest: e.slot for e in self._slots.owners if e.slot is not None and e.is_ready},
                 host={e.digest: e.num_bytes for e in self._host.held},
+                leases={e.digest: e.num_open for e in self._entries.values() if e.num_open},
                 pinned=self._slots.pinned,
                 slot_tier=self._slots.stats(),
                 host_tier=self._host.stats(),

@@ -138,13 +138,21 @@ class AdapterService:
         return self._upload(name, lambda folder: read_adapter_archive(archive, folder, self._limits), publication)
 
     def import_folder(self, name: str, source: Path, publication: Publication = AT_ONCE) -> AdapterRecord:
-        """The same from a folder of this machine, named by whoever runs the server."""
+        """The same from a folder of this machine, named by whoever runs the server; waits for its turn."""
         if not (source / CONFIG_NAME).is_file() or not (source / WEIGHTS_NAME).is_file():
             raise InvalidAdapterError(
                 f"{source} does not hold {CONFIG_NAME} and {WEIGHTS_NAME}", code="adapter_files_missing"
             )
-        with (source / CONFIG_NAME).open("rb") as config, (source / WEIGHTS_NAME).open("rb") as weights:
-            return self.upload_files(name, config, weights, publication)
+
+        def fill(folder: Path) -> None:
+            for file_name, max_bytes in (
+                (CONFIG_NAME, self._limits.max_config_bytes),
+                (WEIGHTS_NAME, self._limits.max_weights_bytes),
+            ):
+                with (source / file_name).open("rb") as file:
+                    copy_stream(file, folder / file_name, max_bytes)
+
+        return self._upload(name, fill, publication, waits=True)
 
     def delete(self, name: str, *, expected_generation: int | None = None) -> AdapterRecord:
         """Hide an adapter at once; its bytes go when the last request that uses them has ended."""
@@ -180,6 +188,22 @@ class AdapterService:
     @property
     def max_slots(self) -> int:
         return self._registry.max_slots
+
+    @property
+    def max_rank(self) -> int:
+        return self._loader.max_rank
+
+    def peek(self, name: str) -> History:
+        """All that is kept under a name, which may be nothing."""
+        return self._store.peek(name)
+
+    def existed(self, name: str) -> bool:
+        """An adapter of this name exists, or did once."""
+        return self._store.has_history(name)
+
+    def folded_bytes(self, digest: str) -> int:
+        """Size of an adapter's arrays in memory, as far as its check at upload tells; 0 if it is gone."""
+        return self._store.folded_bytes(digest)
 
     def tiers(self) -> RegistryStats:
         """What is where, and how often adapters were found there."""
@@ -248,16 +272,19 @@ class AdapterService:
             if not self._store.is_pointed_to(digest):
                 self._registry.forget(digest)
 
-    def _check_name(self, name: str) -> None:
+    def check_name(self, name: str) -> None:
+        """Raises InvalidRequestError unless an adapter can have this name."""
         check_name(name)
         if name in self._base_names:
             raise InvalidRequestError(f"{name!r} names the base model", code="adapter_name_invalid", param="name")
 
-    def _upload(self, name: str, fill: Callable[[Path], None], publication: Publication) -> AdapterRecord:
-        self._check_name(name)
+    def _upload(
+        self, name: str, fill: Callable[[Path], None], publication: Publication, *, waits: bool = False
+    ) -> AdapterRecord:
+        self.check_name(name)
         with self._store.staging_folder() as folder:
             fill(folder)
-            if not self._uploads.acquire(blocking=False):
+            if not self._uploads.acquire(blocking=waits):
                 raise OverloadedError("other uploads are being checked", code="uploads_busy")
             try:
                 details = self._loader.check((folder / CONFIG_NAME).read_bytes(), (folder / WEIGHTS_NAME).read_bytes())

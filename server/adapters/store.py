@@ -283,6 +283,10 @@ class AdapterStore:
             found = [history for history in self._histories.values() if history.generations]
         return sorted(found, key=lambda history: history.name)
 
+    def folder_of(self, digest: str) -> Path:
+        """Where an object is; only for who holds it."""
+        return self._folder.objects / digest
+
     def is_pointed_to(self, digest: str) -> bool:
         """Some generation of some name has these contents."""
         with self._lock:

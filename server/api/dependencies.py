@@ -5,6 +5,8 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from server.adapters.import_root import ImportRoot
+from server.adapters.service import AdapterService
 from server.api.model_names import ModelNames
 from server.api.openai import Services
 from server.auth.caller import Caller
@@ -12,11 +14,24 @@ from server.auth.key_file import KeyFile
 from server.auth.limits import Limiter
 from server.errors import InvalidRequestError
 from server.generation import GenerationService
+from server.jobs.queue import JobQueue
 from server.metrics import Metrics
 from server.schemas.system import Info
 from server.tenancy import CallerAdapters, Note
 
-__all__ = ["Adapters", "Generations", "Keys", "Names", "Noted", "OpenAIServices", "ServedMetrics", "ServedModel"]
+__all__ = [
+    "Adapters",
+    "AllAdapters",
+    "Generations",
+    "Imports",
+    "Jobs",
+    "Keys",
+    "Names",
+    "Noted",
+    "OpenAIServices",
+    "ServedMetrics",
+    "ServedModel",
+]
 
 
 async def _note(request: Request) -> Note:
@@ -42,6 +57,22 @@ async def _info(request: Request) -> Info:
     return request.app.state.info
 
 
+async def _all_adapters(request: Request) -> AdapterService:
+    """For routes that only the scope `admin` reaches."""
+    return request.app.state.adapters
+
+
+async def _imports(request: Request) -> ImportRoot:
+    return request.app.state.imports
+
+
+async def _jobs(request: Request) -> JobQueue:
+    return request.app.state.jobs
+
+
+AllAdapters = Annotated[AdapterService, Depends(_all_adapters)]
+Imports = Annotated[ImportRoot, Depends(_imports)]
+Jobs = Annotated[JobQueue, Depends(_jobs)]
 Noted = Annotated[Note, Depends(_note)]
 Keys = Annotated[KeyFile, Depends(_keys)]
 ServedMetrics = Annotated[Metrics, Depends(_metrics)]

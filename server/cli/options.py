@@ -32,7 +32,8 @@ def parse_adapter_option(text: str) -> tuple[str, Path]:
 
 def option(flag: str, text: str, **kwargs: Any) -> Any:
     """A flag that can also be given as LORAMUX_<NAME>."""
-    return typer.Option(flag, envvar="LORAMUX_" + flag.strip("-").replace("-", "_").upper(), help=text, **kwargs)
+    name = flag.partition("/")[0].strip("-").replace("-", "_").upper()
+    return typer.Option(flag, envvar=f"LORAMUX_{name}", help=text, **kwargs)
 
 
 def size_option(flag: str, text: str) -> Any:

@@ -85,6 +85,10 @@ def serve(
     max_new_tokens: Annotated[
         int, option("--max-new-tokens", "Output length of requests that name none.")
     ] = DEFAULTS.max_new_tokens,
+    import_root: Annotated[
+        Path | None, option("--import-root", "Folder under which paths in requests must lie; none are taken without.")
+    ] = None,
+    allow_hub: Annotated[bool, option("--allow-hub", "Let jobs fetch adapters from the Hugging Face hub.")] = False,
     max_json_bytes: Annotated[int, size_option("--max-json-bytes", "Largest JSON body.")] = DEFAULTS.max_json_bytes,
     max_upload_bytes: Annotated[
         int, size_option("--max-upload-bytes", "Largest adapter upload.")
@@ -147,9 +151,12 @@ def _serve(settings: Settings) -> None:
 
 def _report_ready(settings: Settings, model_id: str, names: list[str]) -> None:
     url = f"http://{settings.host}:{settings.port}"
-    example = '{"inputs": "What is the capital of France?"'
     report(f"ready: {model_id} with {len(names)} adapters{': ' + ', '.join(names[:10]) if names else ''}")
     report(f"API docs at {url}/docs. Try:")
-    choices = [""] + [f', "parameters": {{"adapter_id": "{name}"}}' for name in names[:1]]
-    for choice in choices:
-        console.print(f"  curl {url}/generate -H 'Content-Type: application/json' -d '{example}{choice}}}'")
+    bodies = ['{"inputs": "The capital of France is", "parameters": {"max_new_tokens": 12}}']
+    bodies += [
+        f'{{"inputs": "What is the capital of France?", "parameters": {{"adapter_id": "{name}"}}}}'
+        for name in names[:1]
+    ]
+    for body in bodies:
+        console.print(f"  curl {url}/generate -H 'Content-Type: application/json' -d '{body}'")

@@ -26,7 +26,7 @@ Expected = Field(None, ge=0, le=10**18, description="refuse unless this generati
 class AdminBody(BaseModel):
     """A request's body."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True, strict=True)
 
 
 class ExpectedGeneration(AdminBody):

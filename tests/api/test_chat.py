@@ -157,7 +157,7 @@ def _calls(answer: dict[str, Any]) -> list[dict[str, Any]]:
 def test_a_forced_tool_is_called_with_arguments_that_fit(
     client: httpx.Client, adapter: str | None, choice: Any, names: set[str]
 ) -> None:
-    body = _body(adapter, tools=[TOOL, OTHER_TOOL], tool_choice=choice, max_tokens=300, temperature=1, ignore_eos=False)
+    body = _body(adapter, tools=[TOOL, OTHER_TOOL], tool_choice=choice, max_tokens=400, temperature=1, ignore_eos=False)
     answer = client.post(PATH, json=body | {"response_format": None}).json()
     if answer["choices"][0]["finish_reason"] == "length":  # a random model may go on with an object for long
         assert names != {"get_weather"}
@@ -174,7 +174,7 @@ def test_a_forced_tool_is_called_with_arguments_that_fit(
 
 def test_a_forced_tool_in_a_stream(client: httpx.Client) -> None:
     choice = {"type": "function", "function": {"name": "get_weather"}}
-    body = _body("rank4", tools=[TOOL], tool_choice=choice, max_tokens=300, stream=True, ignore_eos=False)
+    body = _body("rank4", tools=[TOOL], tool_choice=choice, max_tokens=400, stream=True, ignore_eos=False)
     choices = [chunk["choices"][0] for chunk in _chunks(client.post(PATH, json=body))]
     assert choices[-1]["finish_reason"] == "tool_calls"
     (call,) = [call for choice in choices for call in choice["delta"].get("tool_calls", ())]

@@ -1,5 +1,6 @@
 """`/v1/completions` in OpenAI's shapes, with PEFT's tokens."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -91,6 +92,20 @@ def test_choices_of_one_seed_differ_and_repeat(client: httpx.Client) -> None:
     assert len({choice["text"] for choice in first}) == 4
     alone = client.post(PATH, json=body | {"n": 1, "seed": -3}).json()["choices"]
     assert alone[0]["text"] == first[2]["text"]
+
+
+def test_a_seed_gives_the_same_text_in_any_company(live: Live, client: httpx.Client) -> None:
+    body = _body("dora", temperature=1.0, top_p=0.9, frequency_penalty=0.5, seed=77)
+    alone = client.post(PATH, json=body).json()["choices"]
+
+    async def run() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=live.url, timeout=120) as other:
+            company = [
+                _body(name, prompt=f"Text {i}", temperature=1.0) for i, name in enumerate(["rank4", "rank8"] * 5)
+            ]
+            return await asyncio.gather(*(other.post(PATH, json=one) for one in [*company[:5], body, *company[5:]]))
+
+    assert asyncio.run(run())[5].json()["choices"] == alone
 
 
 @pytest.mark.parametrize("streams", [False, True])

@@ -78,19 +78,6 @@ def test_a_failure_after_the_headers_is_an_event(live: Live, client: httpx.Clien
     live.assert_idle()
 
 
-@pytest.mark.parametrize("path", CALLS)
-@pytest.mark.parametrize("streams", [False, True])
-def test_a_server_that_drains_takes_no_new_work(live: Live, client: httpx.Client, path: str, streams: bool) -> None:
-    live.server.generations.drain()
-    try:
-        response = client.post(path, json=CALLS[path] | {"stream": streams})
-    finally:
-        live.server.generations._is_draining = False
-    body = response.json()
-    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
-    assert (body["code"] if path == "/" else body["error"]["code"]) == "draining"
-
-
 def test_a_call_that_finds_half_a_place_starts_nothing(live: Live, client: httpx.Client) -> None:
     engine = live.server.engine
     old, engine.max_waiting = engine.max_waiting, 4 - live.server.runner.config.max_running

@@ -32,6 +32,9 @@ EXTERNAL: dict[str, set[str]] = {
     "server.errors": set(),
     "server.generation": set(),
     "server.failpoints": set(),
+    "server.jobs": set(),
+    "server.jobs.worker": {"torch"},
+    "server.jobs.tasks": {"huggingface_hub", "safetensors", "torch", "transformers"},
     "server.leases": set(),
     "server.memory": set(),
     "server.metrics": {"prometheus_client"},
@@ -62,6 +65,7 @@ FORBIDDEN: dict[str, set[str]] = {
         "server.generation",
         "server.schemas",
     },
+    "server.jobs": {"server.api", "server.app", "server.engine", "server.generation", "server.schemas"},
     "server.schemas": {"server.api", "server.app"},
     "server.api": {"server.app"},
 }

@@ -13,6 +13,7 @@ import pytest
 
 from loramux_client import (
     APIConnectionError,
+    APITimeoutError,
     AsyncClient,
     ChatOptions,
     Client,
@@ -21,6 +22,9 @@ from loramux_client import (
     GenerationError,
     IncompleteAnswerError,
     InvalidRequestError,
+    Job,
+    JobBar,
+    JobFailedError,
     NotFoundError,
     ProgressBar,
     RetryPolicy,
@@ -299,6 +303,33 @@ def test_answers_that_are_not_ours() -> None:
         client.info()
 
 
+def _job(state: str, fraction: float = 0.0, **others: Any) -> httpx.Response:
+    values = {"job_id": "j", "kind": "mix", "state": state, "fraction": fraction, "stage": "layers", "eta_s": 2.0}
+    return httpx.Response(200, json=values | others)
+
+
+def test_waiting_for_a_job() -> None:
+    client, seen = _mocked(_job("queued"), _job("running", 0.5), _job("succeeded", 1.0, result={"name": "ab"}))
+    job = client.jobs.create("mix", name="ab", adapters=[{"name": "a"}], svd_rank=None)
+    assert json.loads(seen[0].content) == {"kind": "mix", "name": "ab", "adapters": [{"name": "a"}]}
+    shown: list[Job] = []
+    assert client.jobs.wait(job, progress=shown.append).result == {"name": "ab"}
+    assert [(one.state, one.fraction) for one in shown] == [("running", 0.5), ("succeeded", 1.0)]
+
+
+@pytest.mark.parametrize("state", ["failed", "cancelled", "interrupted"])
+def test_a_job_that_comes_to_nothing(state: str) -> None:
+    client, _ = _mocked(_job(state, error={"message": "no space", "code": "storage_full"}))
+    with pytest.raises(JobFailedError, match=rf"job j \(mix\) {state}: no space"):
+        client.jobs.wait("j")
+
+
+def test_a_job_that_takes_too_long() -> None:
+    client, _ = _mocked(*[_job("running")] * 3)
+    with pytest.raises(APITimeoutError):
+        client.jobs.wait("j", timeout_s=0.25)
+
+
 class _Terminal:
     """A terminal that remembers."""
 
@@ -322,7 +353,9 @@ def test_the_bar_is_drawn_on_terminals_only() -> None:
         bar = ProgressBar(stream)  # type: ignore[arg-type]
         for done in range(0, 1001, 10):
             bar(done, 1000)
+        JobBar(stream)(Job(job_id="j", kind="mix", state="running", fraction=0.5, stage="layers", eta_s=3))  # type: ignore[arg-type]
     assert pipe.text == ""
+    assert "mix [###############...............]  50% running layers, 3 s left" in terminal.text
     assert terminal.text.count("\n") == 1
     assert "100%" in terminal.text
     assert terminal.text.count("\r") < 5

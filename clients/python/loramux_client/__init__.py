@@ -10,10 +10,10 @@
 
 from loramux_client._async.client import AsyncClient
 from loramux_client._async.driver import AsyncStream
+from loramux_client._progress import JobBar, JobProgress, Progress, ProgressBar
 from loramux_client._retry import RetryPolicy
 from loramux_client._sync.client import Client
 from loramux_client._sync.driver import Stream
-from loramux_client._upload import Progress, ProgressBar
 from loramux_client.errors import (
     APIConnectionError,
     APIStatusError,
@@ -39,6 +39,7 @@ from loramux_client.models import (
     ChatAnswer,
     ChatDelta,
     Generation,
+    Job,
     Key,
     KeyLimits,
     NewKey,
@@ -67,7 +68,10 @@ __all__ = [
     "GenerationError",
     "IncompleteAnswerError",
     "InvalidRequestError",
+    "Job",
+    "JobBar",
     "JobFailedError",
+    "JobProgress",
     "Key",
     "KeyLimits",
     "LoraMuxError",

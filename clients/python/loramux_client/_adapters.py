@@ -9,7 +9,8 @@ from urllib.parse import quote
 from pydantic import BaseModel
 
 from loramux_client._operation import Operation, reader
-from loramux_client._upload import Progress, adapter_upload
+from loramux_client._progress import Progress
+from loramux_client._upload import adapter_upload
 from loramux_client.models import Adapter
 
 __all__ = [

@@ -1,21 +1,16 @@
 """Files on their way up, with progress. They are opened anew for each attempt and never held in memory."""
 
-import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any
 
-__all__ = ["Progress", "ProgressBar", "Upload", "adapter_upload"]
+from loramux_client._progress import Progress, ProgressBar
 
-Progress = Callable[[int, int], None]
-"""Called with what is done and what there is in all, in bytes."""
+__all__ = ["Upload", "adapter_upload"]
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-BAR_CHARACTERS = 30
-REDRAW_S = 0.1
 
 
 class _Counted:
@@ -78,26 +73,3 @@ def adapter_upload(source: Path, fields: dict[str, str], progress: Progress | bo
     elif not source.is_file():
         raise FileNotFoundError(f"{source} is no folder and no archive")
     return Upload(paths, fields, ProgressBar() if progress is True else progress or None)
-
-
-class ProgressBar:
-    """Draws on a terminal, by default on standard error; elsewhere it stays silent. A `Progress`."""
-
-    def __init__(self, stream: TextIO | None = None, label: str = "upload") -> None:
-        self._stream = sys.stderr if stream is None else stream
-        self._label = label
-        self._drawn_s = -REDRAW_S
-
-    def __call__(self, done: int, total: int) -> None:
-        """Draw how far it is, at most ten times a second; the last time with a line end."""
-        now = time.monotonic()
-        is_last = done >= total
-        if not self._stream.isatty() or (now - self._drawn_s < REDRAW_S and not is_last):
-            return
-        self._drawn_s = now
-        share = min(done / total, 1.0) if total else 1.0
-        filled = round(share * BAR_CHARACTERS)
-        bar = "#" * filled + "." * (BAR_CHARACTERS - filled)
-        size = f"{done / 1e6:.1f} of {total / 1e6:.1f} MB"
-        self._stream.write(f"\r{self._label} [{bar}] {share:4.0%} {size}" + "\n" * is_last)
-        self._stream.flush()

@@ -10,6 +10,7 @@ __all__ = [
     "ChatAnswer",
     "ChatDelta",
     "Generation",
+    "Job",
     "Key",
     "KeyLimits",
     "NewKey",
@@ -153,6 +154,37 @@ class NewKey(Key):
     """A key that was just made; its secret is shown this one time."""
 
     secret: str
+
+
+class Job(Model):
+    """Long work on the server.
+
+    Attributes:
+        state: "queued", "running", "succeeded", "failed", "cancelled" or "interrupted": by the server's end.
+        attempt: counts from 1.
+        stage, fraction, eta_s: how far it is; seconds that are left if it goes on as it went so far.
+        error: `message` and `code` of one that failed.
+    """
+
+    job_id: str
+    kind: str
+    state: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    inputs: list[dict[str, Any]] = Field(default_factory=list)
+    attempt: int = 1
+    created_at: str = ""
+    started_at: str = ""
+    finished_at: str = ""
+    stage: str = ""
+    fraction: float = 0.0
+    eta_s: float | None = None
+    result: dict[str, Any] = Field(default_factory=dict)
+    error: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def is_over(self) -> bool:
+        """It has ended, one way or another."""
+        return self.state not in {"queued", "running"}
 
 
 class ServerInfo(Model):

@@ -4,22 +4,34 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 import httpx
 
-from loramux_client import _adapters, _generation, _keys
+from loramux_client import _adapters, _generation, _jobs, _keys
 from loramux_client._async.driver import AsyncDriver, AsyncStream
 from loramux_client._connection import INFO, READY, http_arguments
+from loramux_client._progress import JobBar, JobProgress, Progress
 from loramux_client._retry import RetryPolicy
-from loramux_client._upload import Progress
 from loramux_client.errors import UnavailableError
-from loramux_client.models import Adapter, ChatAnswer, ChatDelta, Generation, Key, KeyLimits, NewKey, ServerInfo, Token
+from loramux_client.models import (
+    Adapter,
+    ChatAnswer,
+    ChatDelta,
+    Generation,
+    Job,
+    Key,
+    KeyLimits,
+    NewKey,
+    ServerInfo,
+    Token,
+)
 from loramux_client.options import Adapters, ChatOptions, GenerateOptions, Message
 
-__all__ = ["AsyncAdapterCalls", "AsyncClient", "AsyncKeyCalls"]
+__all__ = ["AsyncAdapterCalls", "AsyncClient", "AsyncJobCalls", "AsyncKeyCalls"]
 
 AdapterList = list[Adapter]  # a method below is called `list`
+JobList = list[Job]
 KeyList = list[Key]
 
 
@@ -48,6 +60,7 @@ class AsyncClient:
         http = httpx.AsyncClient(**http_arguments(url, api_key, timeout_s, headers), transport=transport)
         self._driver = AsyncDriver(http, retries)
         self.adapters = AsyncAdapterCalls(self._driver)
+        self.jobs = AsyncJobCalls(self._driver)
         self.keys = AsyncKeyCalls(self._driver)
 
     async def __aenter__(self) -> Self:
@@ -219,6 +232,57 @@ class AsyncAdapterCalls:
     async def unpin(self, name: str) -> Adapter:
         """Let the adapter come and go again."""
         return await self._driver.run(_adapters.post_action(name, "unpin"))
+
+
+class AsyncJobCalls:
+    """`client.jobs`: long work on adapters; for keys with the scope `admin`."""
+
+    def __init__(self, driver: AsyncDriver) -> None:
+        self._driver = driver
+
+    async def create(self, kind: str, **options: Any) -> Job:
+        """Queue a job: "mix", "merge", "convert", ... with its options, by the names that the server's docs have."""
+        return await self._driver.run(_jobs.create_job(kind, options))
+
+    async def list(self) -> JobList:
+        """All jobs, newest first."""
+        return await self._driver.run(_jobs.list_jobs())
+
+    async def get(self, job_id: str) -> Job:
+        """A job as it is now."""
+        return await self._driver.run(_jobs.get_job(job_id))
+
+    async def cancel(self, job_id: str) -> Job:
+        """End a job that has not ended."""
+        return await self._driver.run(_jobs.post_job_action(job_id, "cancel"))
+
+    async def retry(self, job_id: str) -> Job:
+        """Queue a job again that failed, was cancelled or interrupted."""
+        return await self._driver.run(_jobs.post_job_action(job_id, "retry"))
+
+    async def wait(
+        self, job: Job | str, *, progress: JobProgress | bool = False, timeout_s: float | None = None
+    ) -> Job:
+        """Wait for a job's end, and return it with its result.
+
+        Args:
+            progress: True draws a bar on the terminal; a function is called with the job after each look.
+            timeout_s: how long to wait; None for as long as it takes.
+
+        Raises:
+            JobFailedError: it failed, was cancelled, or interrupted by the server's end.
+            APITimeoutError: it still runs.
+        """
+        job_id = job if isinstance(job, str) else job.job_id
+        show = JobBar() if progress is True else progress
+        pace = _jobs.Pace(timeout_s)
+        while True:
+            found = await self.get(job_id)
+            if show:
+                show(found)
+            if found.is_over:
+                return _jobs.succeeded(found)
+            await self._driver.sleep(pace.wait_s())
 
 
 class AsyncKeyCalls:

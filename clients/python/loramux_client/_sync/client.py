@@ -5,22 +5,34 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 import httpx
 
-from loramux_client import _adapters, _generation, _keys
+from loramux_client import _adapters, _generation, _jobs, _keys
 from loramux_client._sync.driver import Driver, Stream
 from loramux_client._connection import INFO, READY, http_arguments
+from loramux_client._progress import JobBar, JobProgress, Progress
 from loramux_client._retry import RetryPolicy
-from loramux_client._upload import Progress
 from loramux_client.errors import UnavailableError
-from loramux_client.models import Adapter, ChatAnswer, ChatDelta, Generation, Key, KeyLimits, NewKey, ServerInfo, Token
+from loramux_client.models import (
+    Adapter,
+    ChatAnswer,
+    ChatDelta,
+    Generation,
+    Job,
+    Key,
+    KeyLimits,
+    NewKey,
+    ServerInfo,
+    Token,
+)
 from loramux_client.options import Adapters, ChatOptions, GenerateOptions, Message
 
-__all__ = ["AdapterCalls", "Client", "KeyCalls"]
+__all__ = ["AdapterCalls", "Client", "JobCalls", "KeyCalls"]
 
 AdapterList = list[Adapter]  # a method below is called `list`
+JobList = list[Job]
 KeyList = list[Key]
 
 
@@ -49,6 +61,7 @@ class Client:
         http = httpx.Client(**http_arguments(url, api_key, timeout_s, headers), transport=transport)
         self._driver = Driver(http, retries)
         self.adapters = AdapterCalls(self._driver)
+        self.jobs = JobCalls(self._driver)
         self.keys = KeyCalls(self._driver)
 
     def __enter__(self) -> Self:
@@ -220,6 +233,57 @@ class AdapterCalls:
     def unpin(self, name: str) -> Adapter:
         """Let the adapter come and go again."""
         return self._driver.run(_adapters.post_action(name, "unpin"))
+
+
+class JobCalls:
+    """`client.jobs`: long work on adapters; for keys with the scope `admin`."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    def create(self, kind: str, **options: Any) -> Job:
+        """Queue a job: "mix", "merge", "convert", ... with its options, by the names that the server's docs have."""
+        return self._driver.run(_jobs.create_job(kind, options))
+
+    def list(self) -> JobList:
+        """All jobs, newest first."""
+        return self._driver.run(_jobs.list_jobs())
+
+    def get(self, job_id: str) -> Job:
+        """A job as it is now."""
+        return self._driver.run(_jobs.get_job(job_id))
+
+    def cancel(self, job_id: str) -> Job:
+        """End a job that has not ended."""
+        return self._driver.run(_jobs.post_job_action(job_id, "cancel"))
+
+    def retry(self, job_id: str) -> Job:
+        """Queue a job again that failed, was cancelled or interrupted."""
+        return self._driver.run(_jobs.post_job_action(job_id, "retry"))
+
+    def wait(
+        self, job: Job | str, *, progress: JobProgress | bool = False, timeout_s: float | None = None
+    ) -> Job:
+        """Wait for a job's end, and return it with its result.
+
+        Args:
+            progress: True draws a bar on the terminal; a function is called with the job after each look.
+            timeout_s: how long to wait; None for as long as it takes.
+
+        Raises:
+            JobFailedError: it failed, was cancelled, or interrupted by the server's end.
+            APITimeoutError: it still runs.
+        """
+        job_id = job if isinstance(job, str) else job.job_id
+        show = JobBar() if progress is True else progress
+        pace = _jobs.Pace(timeout_s)
+        while True:
+            found = self.get(job_id)
+            if show:
+                show(found)
+            if found.is_over:
+                return _jobs.succeeded(found)
+            self._driver.sleep(pace.wait_s())
 
 
 class KeyCalls:

@@ -1,0 +1,153 @@
+"""AdapterJobs: what each kind of job reads, what its process is told, and how its result is published."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from server.adapters.import_root import ImportRoot
+from server.adapters.record import Publication
+from server.adapters.service import AdapterService
+from server.adapters.store import AdapterRecord, AdapterStore
+from server.durable import rename, storage_errors, sync_file, sync_folder
+from server.errors import InvalidRequestError
+from server.failpoints import failpoint
+from server.jobs.process import WorkProcess
+from server.jobs.record import JobRecord
+
+__all__ = ["AdapterJobs"]
+
+# Options that are no business of the work, but of its publication.
+PUBLICATION_OPTIONS = ("name", "expected_generation", "promote", "labels", "note")
+# Of a mix, what is no option of `add_weighted_adapter`; of the other kinds, what the work needs as it is.
+NOT_FOR_MIXING = (*PUBLICATION_OPTIONS, "adapters", "seed")
+TASK_OPTIONS = ("rank", "repo", "revision", "safe_merge", "target_modules")
+
+
+class AdapterJobs:
+    """The kinds of jobs; fits the queue's `JobHandler`.
+
+    Args:
+        base: folder of the unquantized base model.
+        exports: where merged models go, one folder each.
+        imports: resolves the paths in jobs.
+        allow_hub: adapters may be fetched from the Hugging Face hub.
+    """
+
+    def __init__(
+        self,
+        adapters: AdapterService,
+        store: AdapterStore,
+        *,
+        base: Path,
+        exports: Path,
+        imports: ImportRoot,
+        allow_hub: bool,
+    ) -> None:
+        self._adapters = adapters
+        self._store = store
+        self._base = base
+        self._exports = exports
+        self._imports = imports
+        self._allow_hub = allow_hub
+
+    def resolve(self, kind: str, options: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        """See `JobHandler.resolve`."""
+        if options.get("name"):
+            self._adapters.check_name(options["name"])
+        for key in ("path", "initial_path"):
+            if options.get(key):
+                self._imports.folder(options[key])
+        if options.get("repo") and not self._allow_hub:
+            raise InvalidRequestError(
+                "fetching from the hub is off: see --allow-hub", code="not_supported", param="repo"
+            )
+        if kind == "verify" and not options["adapters"]:
+            return [_input(record) for history in self._store.histories() for record in history.generations]
+        return [_input(self._store.get(name)) for name in _names(kind, options)]
+
+    def run(self, record: JobRecord, process: WorkProcess, report: Callable[[str, float], None]) -> dict[str, Any]:
+        """See `JobHandler.run`."""
+        with self._holding(record.inputs), self._store.staging_folder() as folder:
+            result = process.run(self._task(record, folder), report)
+            failpoint("job.staged")
+            report("publishing", 1.0)
+            if record.options.get("name"):
+                published = self._publish(record, folder / "out", result)
+                result["adapter"] = _input(published)
+            elif record.kind == "merge":
+                self._export(folder / "out", record.job_id)
+                result["export"] = f"exports/{record.job_id}"
+            failpoint("job.published")
+            return result
+
+    def _task(self, record: JobRecord, folder: Path) -> dict[str, Any]:
+        options, kind = record.options, record.kind
+        folders = [str(self._store.folder_of(one["digest"])) for one in record.inputs]
+        task: dict[str, Any] = {"kind": kind, "base": str(self._base), "out": str(folder / "out")}
+        task |= {"adapters": folders, "inputs": list(record.inputs)}
+        if kind == "mix":
+            task |= {"weights": [one["weight"] for one in options["adapters"]], "seed": options["seed"]}
+            task["options"] = {key: value for key, value in options.items() if key not in NOT_FOR_MIXING}
+            return task
+        for key, name in (("path", "path"), ("initial_path", "initial")):
+            if options.get(key):
+                task[name] = str(self._imports.folder(options[key]))
+        task |= {key: options[key] for key in TASK_OPTIONS if key in options}
+        if kind == "convert":
+            task["adapter"] = folders[0] if folders else task["path"]
+        if kind == "extract":
+            task["tuned"] = task["path"]
+        return task
+
+    def _publish(self, record: JobRecord, folder: Path, result: Mapping[str, Any]) -> AdapterRecord:
+        options = record.options
+        asked = {key: value for key, value in options.items() if key not in PUBLICATION_OPTIONS}
+        source = {"kind": record.kind, "job_id": record.job_id, "inputs": list(record.inputs), "options": asked}
+        publication = Publication(
+            expected_generation=options.get("expected_generation"),
+            promote=options.get("promote", True),
+            labels=options.get("labels"),
+            note=options.get("note"),
+            source=source | {"result": dict(result)},
+        )
+        return self._adapters.import_folder(options["name"], folder, publication)
+
+    def _export(self, folder: Path, job_id: str) -> None:
+        """Move a finished model folder to the exports, durably."""
+        with storage_errors():
+            self._exports.mkdir(exist_ok=True)
+            sync_folder(self._exports.parent)
+            for path in folder.iterdir():
+                sync_file(path)
+            sync_folder(folder)
+            failpoint("export.synced")
+            if (self._exports / job_id).exists():  # of an attempt that a crash cut short between here and its record
+                rename(self._exports / job_id, folder.parent / "former")
+            rename(folder, self._exports / job_id)
+            failpoint("export.renamed")
+            sync_folder(self._exports)
+
+    @contextmanager
+    def _holding(self, inputs: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+        held: list[str] = []
+        try:
+            for one in inputs:
+                self._store.hold(one["digest"])
+                held.append(one["digest"])
+            yield
+        finally:
+            for digest in held:
+                self._store.release(digest)
+
+
+def _names(kind: str, options: Mapping[str, Any]) -> list[str]:
+    if kind == "mix":
+        return [one["name"] for one in options["adapters"]]
+    if kind in ("merge", "verify"):
+        return list(options["adapters"])
+    return [options["adapter"]] if options.get("adapter") else []
+
+
+def _input(record: AdapterRecord) -> dict[str, Any]:
+    return {"name": record.name, "generation": record.generation, "digest": record.digest}

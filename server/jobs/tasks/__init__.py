@@ -1,0 +1,14 @@
+"""The work itself, each kind in its module: `run(task, report)`, in the worker's process."""
+
+from server.jobs.tasks import convert, extract, fetch, merge, mix, verify
+
+__all__ = ["TASKS"]
+
+TASKS = {
+    "convert": convert.run,
+    "extract": extract.run,
+    "import": fetch.run,
+    "merge": merge.run,
+    "mix": mix.run,
+    "verify": verify.run,
+}

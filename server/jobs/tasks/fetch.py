@@ -1,0 +1,67 @@
+"""Bringing an adapter in from a folder of the server or from the Hugging Face hub, converted if need be."""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from lora_core.checkpoint import read_adapter
+from lora_core.convert import convert_to_lora
+from server.adapters.objects import CONFIG_NAME, FILE_NAMES, WEIGHTS_NAME
+from server.errors import InvalidAdapterError, NotFoundError, UnavailableError
+
+__all__ = ["run"]
+
+
+def run(task: Mapping[str, Any], report: Callable[[str, float], None]) -> dict[str, Any]:
+    """Copy the two files of `task["path"]`, or of `repo` at `revision`, to `task["out"]`.
+
+    An adapter of a changed base becomes a plain one: from `task["initial"]`, the adapter before its training, or by
+    computing its starting values again.
+
+    Raises:
+        LoraError: it is malformed, or cannot be converted.
+        ServerError: it is not there, or cannot be fetched.
+    """
+    out = Path(task["out"])
+    report("fetching", 0.0)
+    fetched = Path(task["path"]) if task.get("path") else _from_hub(task, out.parent / "hub")
+    if not (fetched / WEIGHTS_NAME).is_file() and (fetched / "adapter_model.bin").exists():
+        raise InvalidAdapterError(
+            "pickle files can run code and are not read; save the adapter with `safe_serialization=True`",
+            code="adapter_pickle",
+        )
+    if not all((fetched / name).is_file() for name in FILE_NAMES):
+        raise InvalidAdapterError(f"there are no {CONFIG_NAME} and {WEIGHTS_NAME}", code="adapter_files_missing")
+    report("checking", 0.7)
+    config, _ = read_adapter(fetched)
+    if config.changes_base:
+        report("converting", 0.8)
+        convert_to_lora(fetched, task.get("initial"), out, base_folder=task["base"])
+        return {"converted_from": str(config.init_lora_weights).lower()}
+    out.mkdir()
+    for name in FILE_NAMES:
+        shutil.copyfile(fetched / name, out / name)
+    return {"converted_from": None}
+
+
+def _from_hub(task: Mapping[str, Any], folder: Path) -> Path:
+    for name in FILE_NAMES:
+        try:
+            hf_hub_download(
+                task["repo"], name, revision=task["revision"], local_dir=folder, endpoint=os.environ.get("HF_ENDPOINT")
+            )
+        except HfHubHTTPError as error:
+            if error.response is not None and error.response.status_code in (401, 403, 404):
+                raise NotFoundError(
+                    f"the hub has no {name} in this repository at this revision, or does not show it",
+                    code="source_not_found",
+                ) from error
+            raise UnavailableError("the hub cannot be reached", code="source_unavailable") from error
+        except (LocalEntryNotFoundError, OSError) as error:
+            raise UnavailableError("the hub cannot be reached", code="source_unavailable") from error
+    return folder

@@ -1,0 +1,178 @@
+"""Bodies of `/admin/jobs`: one model for each kind; unknown fields are refused."""
+
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import BaseModel, Field, model_validator
+
+from server.errors import InvalidRequestError
+from server.jobs.queue import JobView
+from server.schemas.admin import AdminBody
+
+__all__ = ["JobInfo", "JobList", "JobRequest", "UnsupportedJob"]
+
+Reference = Annotated[str, Field(min_length=1, max_length=160)]
+FolderPath = Annotated[str, Field(min_length=1, max_length=1024)]
+Rank = Annotated[int, Field(ge=1, le=4096)]
+Weight = Annotated[float, Field(ge=-1e4, le=1e4)]
+CombinationType = Literal[
+    "svd", "linear", "cat", "ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd", "dare_linear_svd",
+    "magnitude_prune", "magnitude_prune_svd",
+]  # fmt: skip
+
+
+class _Publishing(AdminBody):
+    """Where the new adapter goes; see uploads."""
+
+    name: str = Field(max_length=128, description="of the new adapter")
+    expected_generation: int | None = Field(None, ge=0, le=10**18)
+    promote: bool = True
+    labels: dict[str, str] | None = None
+    note: str | None = None
+
+
+class MixSource(AdminBody):
+    """One adapter of a mix."""
+
+    name: Reference
+    weight: Weight = 1.0
+
+
+class MixJob(_Publishing):
+    """Combine adapters into a new one; names and options are those of PEFT's `add_weighted_adapter`."""
+
+    kind: Literal["mix"]
+    adapters: list[MixSource] = Field(min_length=1, max_length=64)
+    combination_type: CombinationType = "svd"
+    svd_rank: Rank | None = None
+    svd_clamp: float | None = Field(None, ge=0, le=1)
+    svd_full_matrices: bool = True
+    svd_driver: Literal["gesvd", "gesvdj", "gesvda"] | None = None
+    density: float | None = Field(None, ge=0)
+    majority_sign_method: Literal["total", "frequency"] = "total"
+    seed: int = Field(0, ge=0, lt=1 << 63, description="of DARE's random draws")
+
+
+class ConvertJob(_Publishing):
+    """Turn an adapter into plain LoRA: rsLoRA exactly, DoRA by SVD at `rank`, PiSSA and OLoRA from their base."""
+
+    kind: Literal["convert"]
+    adapter: Reference | None = Field(None, description="an adapter of the store")
+    path: FolderPath | None = Field(None, description="or an adapter's folder below the import root")
+    initial_path: FolderPath | None = Field(None, description="the same adapter before its training")
+    rank: Rank | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ConvertJob":
+        if (self.adapter is None) == (self.path is None):
+            raise ValueError("give either `adapter` or `path`")
+        return self
+
+
+class ExtractJob(_Publishing):
+    """Make an adapter of what full fine-tuning changed."""
+
+    kind: Literal["extract"]
+    path: FolderPath = Field(description="the fine-tuned model's folder below the import root")
+    rank: Rank
+    target_modules: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(min_length=1, max_length=256)
+
+
+class ImportJob(_Publishing):
+    """Bring an adapter in from a folder below the import root, or from the Hugging Face hub at a pinned revision."""
+
+    kind: Literal["import"]
+    path: FolderPath | None = None
+    initial_path: FolderPath | None = Field(None, description="the same adapter before its training, for conversion")
+    repo: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$")
+    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$", description="a commit, in full")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ImportJob":
+        if (self.path is None) == (self.repo is None):
+            raise ValueError("give either `path` or `repo`")
+        if (self.repo is None) != (self.revision is None):
+            raise ValueError("`repo` needs a `revision`, a full commit id")
+        return self
+
+
+class MergeJob(AdminBody):
+    """Merge adapters, each with weight 1, into the base: a model folder of its own, below `exports/` in the store."""
+
+    kind: Literal["merge"]
+    adapters: list[Reference] = Field(min_length=1, max_length=64)
+    safe_merge: bool = True
+
+
+class VerifyJob(AdminBody):
+    """Check stored adapters again: digests, files, values, fit. Without names, every generation of all."""
+
+    kind: Literal["verify"]
+    adapters: list[Reference] = Field(default_factory=list, max_length=1000)
+
+
+class UnsupportedJob(BaseModel):
+    """Kinds that are known and not there yet: refused by name."""
+
+    kind: Literal["loftq", "loftq-compensation"]
+
+    def refuse(self) -> NoReturn:
+        """Raises InvalidRequestError, code `not_supported`."""
+        message = f"jobs of kind {self.kind!r} are not supported: they need a quantized served base"
+        raise InvalidRequestError(message, code="not_supported", param="kind")
+
+
+JobRequest = Annotated[
+    MixJob | ConvertJob | ExtractJob | ImportJob | MergeJob | VerifyJob | UnsupportedJob, Field(discriminator="kind")
+]
+
+
+class JobInfo(BaseModel):
+    """A job.
+
+    Attributes:
+        inputs: the adapters that it reads: name, generation, digest.
+        state: `interrupted` means that the server went down meanwhile.
+        attempt: counts from 1.
+        stage, fraction, eta_s: how far it is; seconds that are left if it goes on as it went so far.
+    """
+
+    job_id: str
+    kind: str
+    options: dict[str, Any]
+    inputs: list[dict[str, Any]]
+    state: Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
+    attempt: int
+    created_at: str
+    started_at: str
+    finished_at: str
+    stage: str
+    fraction: float
+    eta_s: float | None
+    result: dict[str, Any]
+    error: dict[str, str]
+
+    @classmethod
+    def of(cls, view: JobView) -> "JobInfo":
+        record = view.record
+        return cls(
+            job_id=record.job_id,
+            kind=record.kind,
+            options=dict(record.options),
+            inputs=[dict(one) for one in record.inputs],
+            state=record.state.value,
+            attempt=record.attempt,
+            created_at=record.created_at,
+            started_at=record.started_at,
+            finished_at=record.finished_at,
+            stage=record.stage,
+            fraction=round(record.fraction, 4),
+            eta_s=None if view.eta_s is None else round(view.eta_s, 1),
+            result=dict(record.result),
+            error=dict(record.error),
+        )
+
+
+class JobList(BaseModel):
+    """All jobs, newest first."""
+
+    jobs: list[JobInfo]

@@ -1,0 +1,91 @@
+"""A process that runs a mix and a merge through the job queue and is killed at a failpoint: see test_crash.
+
+The work is a stand-in that writes files at once; queue, publication and export are the real ones.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from server.adapters.import_root import ImportRoot
+from server.adapters.record import Publication
+from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterRecord, AdapterStore
+from server.failpoints import ENVIRONMENT_VARIABLE, arm
+from server.jobs.handlers import AdapterJobs
+from server.jobs.process import WorkProcess
+from server.jobs.queue import JobQueue, JobView
+from server.jobs.store import JobStore
+
+
+class Writer(WorkProcess):
+    """Writes what a mix or a merge would."""
+
+    def run(self, task: Mapping[str, Any], report: Callable[[str, float], None]) -> dict[str, Any]:
+        out = Path(task["out"])
+        out.mkdir()
+        report("working", 0.5)
+        for name in (CONFIG_NAME, WEIGHTS_NAME) if task["kind"] == "mix" else ("config.json", "model.safetensors"):
+            (out / name).write_text(f"{task['kind']} {name}")
+        return {}
+
+
+class Publisher:
+    """An adapter service without a model."""
+
+    def __init__(self, store: AdapterStore) -> None:
+        self._store = store
+
+    def check_name(self, name: str) -> None: ...
+
+    def import_folder(self, name: str, folder: Path, publication: Publication) -> AdapterRecord:
+        with self._store.staging_folder() as staged:
+            for file_name in (CONFIG_NAME, WEIGHTS_NAME):
+                (staged / file_name).write_bytes((folder / file_name).read_bytes())
+            return self._store.publish(name, staged, {}, publication)
+
+
+def opened(root: Path) -> tuple[AdapterStore, JobQueue]:
+    store = AdapterStore(root)
+    store.open()
+    handler = AdapterJobs(
+        Publisher(store), store, base=root, exports=root / "exports", imports=ImportRoot(None), allow_hub=False
+    )
+    queue = JobQueue(JobStore(root / "jobs"), handler, make_process=Writer)
+    queue.open()
+    return store, queue
+
+
+def ended(queue: JobQueue, job_id: str) -> JobView:
+    while not (view := queue.get(job_id)).record.state.is_final:
+        time.sleep(0.005)
+    return view
+
+
+def tour(root: Path, say: Callable[[str], None]) -> None:
+    """Publish an adapter, mix it with itself, merge it."""
+    store, queue = opened(root)
+    with store.staging_folder() as folder:
+        (folder / CONFIG_NAME).write_text("{}")
+        (folder / WEIGHTS_NAME).write_text("x")
+        store.publish("a", folder, {})
+    queue.start()
+    mix = {"name": "mixed", "adapters": [{"name": "a", "weight": 1.0}], "seed": 0}
+    for kind, options in (("mix", mix), ("merge", {"adapters": ["a"]})):
+        view = queue.submit(kind, options)
+        say(f"queued {kind} {view.record.job_id}")
+        say(f"{ended(queue, view.record.job_id).record.state.value} {kind} {view.record.job_id}")
+    queue.close()
+    store.close()
+
+
+def main(root: Path) -> None:
+    if failpoint := os.environ.get(ENVIRONMENT_VARIABLE):
+        arm(failpoint)
+    tour(root, lambda line: (os.write(1, f"{line}\n".encode()), None)[1])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
