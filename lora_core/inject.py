@@ -276,9 +276,16 @@ def token_layer(model: nn.Module, router: Router, name: str, *, head: str | None
     _put(model, name, found)
     if head not in (None, name) and _outermost(model, head, TrainableTokens) is None:
         output = model.get_submodule(head)
-        if getattr(base_of(output), "weight", None) is found.weight:
+        if _is_tied(model, base_of(output), found.weight):
             _put(model, head, TrainableTokens(output, router, is_head=True, tied_to=found))
     return found
+
+
+def _is_tied(model: nn.Module, head: nn.Module, weight: Tensor) -> bool:
+    """The output embedding has the input's weight; of a packed one, which is a copy, the model tells."""
+    if "weight" in dict(head.named_parameters(recurse=False)):
+        return getattr(head, "weight", None) is weight
+    return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
 
 
 def whole_module(model: nn.Module, router: Router, name: str, *, is_head: bool) -> ModulesToSave:

@@ -17,7 +17,7 @@ from llguidance import LLMatcher, LLParserLimits, grammar_from
 from server.errors import InvalidRequestError
 from server.text import TextCodec
 
-__all__ = ["Grammar", "GrammarKind", "StructuredOutput", "TokenMasks"]
+__all__ = ["WHITESPACE", "Grammar", "GrammarKind", "StructuredOutput", "TokenMasks"]
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from server.errors import InvalidRequestError
 from server.schemas.chat import ChatRequest, ToolChoice, ToolDefinition
-from server.structured import Grammar, GrammarKind
+from server.structured import WHITESPACE, Grammar, GrammarKind
 from server.text import TextCodec
 
 __all__ = ["CalledTool", "ToolReader", "Tools", "open_tools"]
@@ -91,7 +91,7 @@ def _call_grammar(tools: Sequence[ToolDefinition], key: str, *, is_tagged: bool)
     rules = [f"call: {' | '.join(f'call{i}' for i in range(len(tools)))}"]
     for i, tool in enumerate(tools):
         head = f'{{"name": {json.dumps(tool.function.name)}, "{key}": '
-        schema = tool.function.parameters or {"type": "object"}
+        schema = (tool.function.parameters or {"type": "object"}) | {"x-guidance": {"whitespace_pattern": WHITESPACE}}
         rules.append(f'call{i}: {json.dumps(head, ensure_ascii=False)} arguments{i} "}}"')
         rules.append(f"arguments{i}: %json {json.dumps(schema)}")
     start = f'start: "{OPENING}\\n" call "\\n{CLOSING}"' if is_tagged else "start: call"

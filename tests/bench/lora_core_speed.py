@@ -1,6 +1,6 @@
 """Library calls of lora_core beside PEFT's, on SmolLM2 in the same run.
 
-Run `python -m tests.bench.lora_core_speed`. Each call is timed several times, taking turns; the best of each counts.
+Run `python -m tests.bench.lora_core_speed`. Short calls are timed several times, taking turns; the best of each counts.
 """
 
 import copy
@@ -32,12 +32,6 @@ def main() -> None:
         peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**CONFIG)).save_pretrained(folder)
         compare("inject", lambda: ours(base), lambda: theirs(base), prepare=lambda: None)
         compare("merge_and_unload", lambda m: m.merge_and_unload(), None, prepare=lambda: (ours(base), theirs(base)))
-        compare(
-            "add_weighted_adapter svd",
-            lambda m: m.add_weighted_adapter(["default", "b"], [0.7, 0.4], "mix", "svd"),
-            None,
-            prepare=lambda: (with_two(ours(base)), with_two(theirs(base))),
-        )
         pissa = {"init_lora_weights": "pissa"}
         compare("inject with PiSSA", lambda: ours(base, pissa), lambda: theirs(base, pissa), rounds=1)
         compare(
@@ -47,6 +41,13 @@ def main() -> None:
             prepare=lambda: (ours(base), theirs(base)),
         )
         slots(base, folder)
+        compare(
+            "add_weighted_adapter svd",
+            lambda m: m.add_weighted_adapter(["default", "b"], [0.7, 0.4], "mix", "svd"),
+            None,
+            prepare=lambda: (with_two(ours(base)), with_two(theirs(base))),
+            rounds=1,
+        )
 
 
 def ours(base: Any, extra: dict[str, Any] | None = None) -> LoraModel:

@@ -1,6 +1,7 @@
 """What a measurement needs from the machine: quiet, and an account of who used it."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -34,6 +35,8 @@ def start_quietly() -> None:
         os.setsid()
         os.environ[QUIET] = "1" if enter_quiet_session() else "0"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for number in (signal.SIGTERM, signal.SIGINT):  # the new session would not hear of them
+        signal.signal(number, lambda number, _: os.killpg(pid, number))
     _, status = os.waitpid(pid, 0)
     sys.exit(os.waitstatus_to_exitcode(status))
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pip._internal.models.index import PyPI
 
 from tests.architecture.source_tree import ROOT
 
@@ -186,7 +187,7 @@ def _index() -> str:
     shown = subprocess.run(
         [sys.executable, "-m", "pip", "config", "get", "global.index-url"], capture_output=True, text=True, check=False
     )
-    return shown.stdout.strip() or os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple")
+    return shown.stdout.strip() or os.environ.get("PIP_INDEX_URL") or PyPI.simple_url
 
 
 @pytest.mark.slow
