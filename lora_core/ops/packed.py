@@ -46,7 +46,7 @@ class _Columns:
 class _Member(NamedTuple):
     """What each row wants of one member's part of h."""
 
-    keep: Tensor  # [n, R_m]
+    drop: Tensor  # [n, R_m]
     scale: Tensor  # [n, R_m] weights
     gain_slots: Tensor | None  # [K] slots with a gain
     gain_weights: Tensor | None  # [n, K]
@@ -61,15 +61,17 @@ class _Plan:
     Attributes:
         num_together: n, the rows computed together.
         columns: the packing that the rest is for; None if these rows want nothing of the group's.
-        keep: [n, ΣR] which rank rows of h each row wants.
-        scale: [n, ΣR] their weights, or None where all are 1.
+        drop: [n, ΣR] which rank rows of h are not a row's own.
+        scale: [n, ΣR] the weights of those that are, or None where all are 1.
+        has_vectors: an adapter has a gain or a bias.
         tail: the route of the rows behind them, if they want adapters.
     """
 
     num_together: int
     columns: _Columns | None
-    keep: Tensor | None
+    drop: Tensor | None
     scale: Tensor | None
+    has_vectors: bool
     members: tuple[_Member, ...]
     tail: Route | None
 
@@ -110,12 +112,21 @@ class AdapterPacker:
         columns = self.columns(sorted(needed), layouts) if touched else None
         num_together = sum(run.num_rows for run in together)
         if columns is None:
-            return _Plan(num_together, None, None, None, (), tail if has_tail else None)
+            return _Plan(num_together, None, None, None, False, (), tail if has_tail else None)
         members = _members(together, columns, x)
-        keep = torch.cat([member.keep for member in members], dim=1)
+        drop = torch.cat([member.drop for member in members], dim=1)
         scale = torch.cat([member.scale for member in members], dim=1)
         is_scaled = any(weight not in (0.0, 1.0) for run in together for weight in run.weights.values())
-        return _Plan(num_together, columns, keep, scale if is_scaled else None, members, tail if has_tail else None)
+        has_vectors = any(m.gain_slots is not None or m.bias_slots is not None for m in members)
+        return _Plan(
+            num_together=num_together,
+            columns=columns,
+            drop=drop,
+            scale=scale if is_scaled else None,
+            has_vectors=has_vectors,
+            members=members,
+            tail=tail if has_tail else None,
+        )
 
 
 def _members(runs: Sequence[Run], columns: _Columns, x: Tensor) -> tuple[_Member, ...]:
@@ -138,15 +149,16 @@ def _members(runs: Sequence[Run], columns: _Columns, x: Tensor) -> tuple[_Member
                 picked = by_row[:, [place[slot] for slot in chosen]]
                 return torch.tensor(chosen, device=x.device), picked.to(x.device)
 
-            made[member] = _Member(scale != 0, scale, *vectors(gain), *vectors(bias))
+            made[member] = _Member(scale == 0, scale, *vectors(gain), *vectors(bias))
     return tuple(made[member] for member in columns.members)
 
 
 class _Expand(NamedTuple):
-    """One product: columns `rows` of h give columns `span` of y."""
+    """One product: the next `rank` columns of h give columns `span` of y, which may be all of them."""
 
-    rows: slice
+    rank: int
     span: slice
+    is_all: bool
     b: PackedWeight
 
 
@@ -163,13 +175,14 @@ def _join_expands(parts: Sequence[Tensor]) -> list[_Expand]:
             joined[-1] = torch.block_diag(last, part)
         else:
             joined.append(part)
+    num_columns = sum(b.shape[1] for b in joined)
     out = []
-    row = column = 0
+    column = 0
     for b in joined:
-        rows, span = slice(row, row + b.shape[0]), slice(column, column + b.shape[1])
-        row, column = rows.stop, span.stop
+        span = slice(column, column + b.shape[1])
+        column = span.stop
         if b.shape[0]:
-            out.append(_Expand(rows, span, PackedWeight(b.T)))
+            out.append(_Expand(b.shape[0], span, b.shape[1] == num_columns, PackedWeight(b.T)))
     return out
 
 
@@ -189,6 +202,7 @@ class GroupAdapters:
         self._columns: _Columns | None = None
         self._a: PackedWeight | None = None
         self._expands: list[_Expand] = []
+        self._ranks: list[int] = []
         self._zero = slots[0].a.new_zeros(())
 
     def apply(self, y: Tensor, x: Tensor, route: Route, base_bias: Tensor | None) -> None:
@@ -205,7 +219,8 @@ class GroupAdapters:
             plan = route.cache[layouts] = self._packer.plan(route, layouts, x)
         assert isinstance(plan, _Plan)
         if plan.columns is not None:
-            self._apply_together(y[: plan.num_together], x[: plan.num_together], plan, route, base_bias)
+            n = plan.num_together
+            self._apply_together(y[:n], x[:n], plan, route, base_bias)
         if plan.tail is not None:
             y_tail, x_tail = y[plan.num_together :], x[plan.num_together :]
             for slots, span in zip(self._slots, self._spans, strict=True):
@@ -215,19 +230,23 @@ class GroupAdapters:
     def _apply_together(self, y: Tensor, x: Tensor, plan: _Plan, route: Route, base_bias: Tensor | None) -> None:
         if self._columns is not plan.columns:
             self._pack(plan.columns)
-        gain, bias = self._vectors(plan, route)
-        if gain is not None:
-            y.addcmul_(y if base_bias is None else y - base_bias, gain)
-        if bias is not None:
-            y.add_(bias)
-        if self._a is None:
+        if plan.has_vectors:
+            gain, bias = self._vectors(plan, route)
+            if gain is not None:
+                y.addcmul_(y if base_bias is None else y - base_bias, gain)
+            if bias is not None:
+                y.add_(bias)
+        if self._a is None or plan.drop is None:
             return
-        h = self._a(x)
-        for expand in self._expands:
-            # Chosen, not multiplied: another adapter's infinity times zero would be NaN.
-            own = torch.where(plan.keep[:, expand.rows], h[:, expand.rows], self._zero)  # type: ignore[index]
-            if plan.scale is not None:
-                own.mul_(plan.scale[:, expand.rows])
+        # Replaced, not multiplied: another adapter's infinity times zero would be NaN.
+        h = self._a(x).masked_fill_(plan.drop, 0.0)
+        if plan.scale is not None:
+            h.mul_(plan.scale)
+        if len(self._expands) == 1:
+            expand = self._expands[0]
+            (y if expand.is_all else y[:, expand.span]).add_(expand.b(h))
+            return
+        for expand, own in zip(self._expands, h.split(self._ranks, 1), strict=True):
             y[:, expand.span].add_(expand.b(own))
 
     def _pack(self, columns: _Columns | None) -> None:
@@ -240,12 +259,11 @@ class GroupAdapters:
             b.append(torch.cat(own) if own else slots.b[:0])
         self._a = PackedWeight(torch.cat(a)) if a else None
         self._expands = _join_expands(b)
+        self._ranks = [expand.rank for expand in self._expands]
         self._columns = columns
 
     def _vectors(self, plan: _Plan, route: Route) -> tuple[Tensor | None, Tensor | None]:
         """Each row's sum of gains and of biases, [n, ΣO], or None; kept with the route for the steps that follow."""
-        if not any(m.gain_slots is not None or m.bias_slots is not None for m in plan.members):
-            return None, None
         key = (self, plan.columns)
         found = route.cache.get(key)
         if found is None:
