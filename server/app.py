@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from server.adapters.archive import ArchiveLimits
 from server.adapters.import_root import ImportRoot
+from server.adapters.intake import AdapterIntake
 from server.adapters.loader import AdapterLoader, BankSlots, FoldedAdapter
 from server.adapters.registry import AdapterRegistry
 from server.adapters.service import AdapterService
@@ -36,6 +37,7 @@ from server.engine import EngineConfig, EngineLoop, ModelRunner, load_runner
 from server.engine.selfcheck import check_against_reference
 from server.errors import InvalidRequestError, NotFoundError
 from server.generation import GenerationService
+from server.jobs.conversion import ConversionProcess
 from server.jobs.handlers import AdapterJobs
 from server.jobs.queue import JobQueue
 from server.jobs.store import JobStore
@@ -138,7 +140,8 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
     )
     limits = ArchiveLimits(max_weights_bytes=settings.max_upload_bytes)
     base_names = frozenset({model_id, BASE_NAME})
-    adapters = AdapterService(store, registry, loader, base_names=base_names, limits=limits)
+    intake = AdapterIntake(loader, ConversionProcess(path), limits)
+    adapters = AdapterService(store, registry, intake, base_names=base_names, max_rank=settings.max_rank)
     _import_adapters(settings, store, adapters, report)
     imports = ImportRoot(settings.import_root)
     jobs = _jobs(settings, path, store, adapters, imports)

@@ -111,7 +111,8 @@ class AdapterJobs:
             note=options.get("note"),
             source=source | {"result": dict(result)},
         )
-        return self._adapters.import_folder(options["name"], folder, publication)
+        converted = result.get("converted") or ""
+        return self._adapters.import_folder(options["name"], folder, publication, converted=converted)
 
     def _export(self, folder: Path, job_id: str) -> None:
         """Move a finished model folder to the exports, durably."""

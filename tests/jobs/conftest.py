@@ -15,12 +15,14 @@ from pydantic import TypeAdapter
 from lora_core import LoraError
 from server.adapters.archive import ArchiveLimits
 from server.adapters.import_root import ImportRoot
+from server.adapters.intake import AdapterIntake
 from server.adapters.loader import AdapterLoader, BankSlots
 from server.adapters.record import AT_ONCE
 from server.adapters.registry import AdapterRegistry
 from server.adapters.service import AdapterService
 from server.adapters.store import AdapterStore
 from server.engine import EngineConfig, load_runner
+from server.jobs.conversion import ConversionProcess
 from server.jobs.handlers import AdapterJobs
 from server.jobs.process import JobFailedError, WorkProcess
 from server.jobs.queue import JobQueue, JobView
@@ -112,7 +114,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
         max_host_bytes=1 << 30,
         on_change=lambda: None,
     )
-    adapters = AdapterService(store, registry, loader, base_names=frozenset({"tiny"}), limits=ArchiveLimits())
+    intake = AdapterIntake(loader, ConversionProcess(root / "base", InlineProcess), ArchiveLimits())
+    adapters = AdapterService(store, registry, intake, base_names=frozenset({"tiny"}), max_rank=loader.max_rank)
     for name, folder in folders.items():
         adapters.import_folder(name, folder, AT_ONCE)
     handler = AdapterJobs(

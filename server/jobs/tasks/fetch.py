@@ -11,8 +11,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from lora_core.checkpoint import read_adapter
 from lora_core.convert import convert_to_lora
-from server.adapters.objects import CONFIG_NAME, FILE_NAMES, WEIGHTS_NAME
+from server.adapters.objects import CONFIG_NAME, FILE_NAMES, INITIAL_NAME, WEIGHTS_NAME
 from server.errors import InvalidAdapterError, NotFoundError, UnavailableError
+from server.jobs.tasks.convert import described
 
 __all__ = ["run"]
 
@@ -20,8 +21,8 @@ __all__ = ["run"]
 def run(task: Mapping[str, Any], report: Callable[[str, float], None]) -> dict[str, Any]:
     """Copy the two files of `task["path"]`, or of `repo` at `revision`, to `task["out"]`.
 
-    An adapter of a changed base becomes a plain one: from `task["initial"]`, the adapter before its training, or by
-    computing its starting values again.
+    An adapter of a changed base becomes a plain one: from `task["initial"]`, the adapter before its training, which may
+    also lie in the folder's own `initial/`, or by computing its starting values again.
 
     Raises:
         LoraError: it is malformed, or cannot be converted.
@@ -39,14 +40,19 @@ def run(task: Mapping[str, Any], report: Callable[[str, float], None]) -> dict[s
         raise InvalidAdapterError(f"there are no {CONFIG_NAME} and {WEIGHTS_NAME}", code="adapter_files_missing")
     report("checking", 0.7)
     config, _ = read_adapter(fetched)
-    if config.changes_base:
+    initial = task.get("initial") or _initial_beside(fetched)
+    if config.changes_base or initial:
         report("converting", 0.8)
-        convert_to_lora(fetched, task.get("initial"), out, base_folder=task["base"])
-        return {"converted_from": str(config.init_lora_weights).lower()}
+        return described(convert_to_lora(fetched, initial, out, base_folder=task["base"]))
     out.mkdir()
     for name in FILE_NAMES:
         shutil.copyfile(fetched / name, out / name)
     return {"converted_from": None}
+
+
+def _initial_beside(folder: Path) -> str | None:
+    initial = folder / INITIAL_NAME
+    return str(initial) if all((initial / name).is_file() for name in FILE_NAMES) else None
 
 
 def _from_hub(task: Mapping[str, Any], folder: Path) -> Path:
