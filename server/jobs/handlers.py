@@ -86,8 +86,10 @@ class AdapterJobs:
         folders = [str(self._store.folder_of(one["digest"])) for one in record.inputs]
         task: dict[str, Any] = {"kind": kind, "base": str(self._base), "out": str(folder / "out")}
         task |= {"adapters": folders, "inputs": list(record.inputs)}
+        if kind in ("mix", "merge"):
+            task["weights"] = [one["weight"] for one in options["adapters"]]
         if kind == "mix":
-            task |= {"weights": [one["weight"] for one in options["adapters"]], "seed": options["seed"]}
+            task["seed"] = options["seed"]
             task["options"] = {key: value for key, value in options.items() if key not in NOT_FOR_MIXING}
             return task
         for key, name in (("path", "path"), ("initial_path", "initial")):
@@ -143,9 +145,9 @@ class AdapterJobs:
 
 
 def _names(kind: str, options: Mapping[str, Any]) -> list[str]:
-    if kind == "mix":
+    if kind in ("mix", "merge"):
         return [one["name"] for one in options["adapters"]]
-    if kind in ("merge", "verify"):
+    if kind == "verify":
         return list(options["adapters"])
     return [options["adapter"]] if options.get("adapter") else []
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from server.errors import InvalidRequestError
 from server.jobs.queue import JobView
@@ -96,11 +96,16 @@ class ImportJob(_Publishing):
 
 
 class MergeJob(AdminBody):
-    """Merge adapters, each with weight 1, into the base: a model folder of its own, below `exports/` in the store."""
+    """Merge adapters with their weights into the base: a model folder of its own, below `exports/` in the store."""
 
     kind: Literal["merge"]
-    adapters: list[Reference] = Field(min_length=1, max_length=64)
+    adapters: list[MixSource] = Field(min_length=1, max_length=64, description="a bare name has the weight 1")
     safe_merge: bool = True
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _bare_names(cls, value: Any) -> Any:
+        return [{"name": one} if isinstance(one, str) else one for one in value] if isinstance(value, list) else value
 
 
 class VerifyJob(AdminBody):

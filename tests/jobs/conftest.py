@@ -89,6 +89,14 @@ class Shop:
         return self.store.folder_of(self.store.get(name).digest)
 
 
+@pytest.fixture
+def seed() -> int:
+    """A fresh seed; printed, so that a failure can be repeated."""
+    value = random.randrange(1 << 30)
+    print(f"seed {value}")
+    return value
+
+
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
     root = tmp_path_factory.mktemp("jobs")
