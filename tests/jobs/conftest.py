@@ -23,7 +23,7 @@ from server.adapters.service import AdapterService
 from server.adapters.store import AdapterStore
 from server.engine import EngineConfig, load_runner
 from server.jobs.conversion import ConversionProcess
-from server.jobs.handlers import AdapterJobs
+from server.jobs.handlers import AdapterJobs, ServedWeights
 from server.jobs.process import JobFailedError, WorkProcess
 from server.jobs.queue import JobQueue, JobView
 from server.jobs.record import JobState
@@ -133,6 +133,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
         exports=root / "store" / "exports",
         imports=ImportRoot(root / "imports"),
         allow_hub=True,
+        s3_root="s3://adapters/public",
+        max_bytes={"adapter_config.json": 1 << 16, "adapter_model.safetensors": 1 << 20},
+        served=ServedWeights(dtype="float32"),
     )
     queue = JobQueue(JobStore(root / "store" / "jobs"), handler, make_process=InlineProcess)
     queue.open()
