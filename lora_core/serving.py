@@ -153,7 +153,7 @@ class ModelSlots(SlotBank):
             return copies
         if isinstance(part, TokenRows):
             rows = token_layer(self._model, self._router, name, head=self._head).slots
-            rows[slot] = (part.indices, part.change)
+            rows[slot] = (torch.tensor(part.indices, device=part.change.device), part.change)
             return rows
         assert isinstance(part, ExpertFactors)
         module, _, parameter = name.rpartition(".")
