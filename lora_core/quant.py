@@ -1,7 +1,9 @@
-"""Base weights that bitsandbytes holds in 4 or 8 bits: reading, writing back, training beside them.
+"""Base weights that are not held in floating point: reading, writing back, training beside them.
 
 The only module that knows bitsandbytes, and it imports it only when it meets such a weight. Formats: LLM.int8()
-(Dettmers et al. 2022), NF4 and FP4 (QLoRA, Dettmers et al. 2023).
+(Dettmers et al. 2022), NF4 and FP4 (QLoRA, Dettmers et al. 2023). torchao's tensors tell their numbers themselves.
+Layers of other packages (GPTQ, AWQ, compressed-tensors) compute, and keep their numbers to themselves: adapters that
+need none of them work.
 
 A trap on CPUs with AVX512-BF16: the first forward in evaluation mode repacks a 4-bit weight in place, rounding its
 scales to bfloat16, after which bitsandbytes' own dequantization returns noise. `keep_layout` prevents it for layers
@@ -21,6 +23,7 @@ from lora_core.errors import TargetError, UnsupportedError
 
 __all__ = [
     "dequantized_weight",
+    "is_opaque_linear",
     "is_quantized",
     "keep_layout",
     "prepare_model_for_kbit_training",
@@ -31,12 +34,21 @@ __all__ = [
 ]
 
 HALF = (torch.float16, torch.bfloat16)
+# Under which GPTQ, AWQ and compressed-tensors hold what they make of a weight.
+OPAQUE_NAMES = ("qweight", "weight_packed")
 REPACKED_ROWS = 32  # whose nibbles the CPU's kernel takes together
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """True for a layer whose weight bitsandbytes holds in 4 or 8 bits (not one that waits to be quantized)."""
-    return _num_bits(getattr(module, "weight", None)) is not None
+    """True for a layer whose weight is not held in floating point (not for one that waits to be quantized)."""
+    weight = getattr(module, "weight", None)
+    return _num_bits(weight) is not None or _is_torchao(weight) or is_opaque_linear(module)
+
+
+def is_opaque_linear(module: nn.Module) -> bool:
+    """True for a linear layer of a package whose form of weights is not known here."""
+    is_linear = isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features")
+    return is_linear and any(torch.is_tensor(getattr(module, name, None)) for name in OPAQUE_NAMES)
 
 
 def dequantized_weight(module: nn.Module) -> Tensor:
@@ -45,10 +57,14 @@ def dequantized_weight(module: nn.Module) -> Tensor:
     Raises:
         UnsupportedError: the layer is not one that `is_quantized` knows.
     """
-    weight = cast(Any, module).weight
+    weight: Any = getattr(module, "weight", None)
     bits = _num_bits(weight)
+    if _is_torchao(weight):
+        return cast(Tensor, weight.dequantize()).float()
     if bits is None:
-        raise UnsupportedError(f"the weight of a {type(module).__name__} is not one of bitsandbytes'")
+        raise UnsupportedError(
+            f"the weight of a {type(module).__name__} is in a form that cannot be read, which DoRA and merging need"
+        )
     from bitsandbytes import functional as bnb  # noqa: PLC0415 - optional
 
     if bits == 8:
@@ -65,13 +81,16 @@ def quantized_like(module: nn.Module, weight: Tensor) -> nn.Parameter:
     The layer keeps its weight until `replace_weight`.
 
     Raises:
-        UnsupportedError: the layer is not quantized.
+        UnsupportedError: the layer is not quantized by bitsandbytes.
         TargetError: the shape is not the layer's.
     """
-    own = cast(Any, module).weight
+    own: Any = getattr(module, "weight", None)
     bits = _num_bits(own)
     if bits is None:
-        raise UnsupportedError(f"the weight of a {type(module).__name__} is not one of bitsandbytes'")
+        raise UnsupportedError(
+            f"the weight of a {type(module).__name__} is not one of bitsandbytes', and others' cannot be written back: "
+            "merge into the model in full precision"
+        )
     wanted = [cast(Any, module).out_features, cast(Any, module).in_features]
     if list(weight.shape) != wanted:
         raise TargetError(f"a weight of shape {list(weight.shape)} cannot take the place of one of {wanted}")
@@ -199,6 +218,12 @@ def _num_bits(weight: Any) -> int | None:
     if "Int8Params" in names and weight.dtype == torch.int8:
         return 8
     return None
+
+
+def _is_torchao(weight: Any) -> bool:
+    return any(kind.__module__.startswith("torchao.") for kind in type(weight).__mro__) and hasattr(
+        weight, "dequantize"
+    )
 
 
 def _dequantize_repacked(weight: Any) -> Tensor:

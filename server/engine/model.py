@@ -71,6 +71,10 @@ def read_model(path: str | Path, *, dtype: torch.dtype, device: torch.device, qu
         )
     except InvalidRequestError:
         raise
+    except ImportError as error:
+        raise InvalidRequestError(
+            f"the model's quantized form needs a package: {error}", code="quantization_missing"
+        ) from error
     except Exception as error:  # a folder can be wrong in any way
         raise InvalidRequestError(f"the model cannot be loaded: {error}", code="model_unsupported") from error
     if found["missing_keys"]:  # transformers would serve random numbers in their place

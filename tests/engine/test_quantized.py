@@ -15,9 +15,9 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TorchAoConfig
 
-from lora_core import LoraModel, fold_adapter, load_adapter
+from lora_core import LoraModel, UnsupportedError, fold_adapter, load_adapter
 from lora_core.quant import dequantized_weight, is_quantized, quantized_like, replace_weight
 from server.demo import ensure_demo_model
 from server.engine import EngineConfig, EngineLoop, ModelRunner, Quantization, load_runner, save_quantized
@@ -68,15 +68,39 @@ class Case:
     tolerance: float
 
 
-@pytest.fixture(params=[*KINDS, *(pytest.param((k, "smollm2"), marks=pytest.mark.slow) for k in KINDS[::3])])
+def write_torchao_folder(folder: Path, kind: str, seed: int) -> None:
+    """A tiny model that torchao has quantized, as transformers saves it."""
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+
+    write_tiny_folder(folder.with_name("full"), "llama", seed)
+    four_bits = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16))
+    config = TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8" else four_bits)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder.with_name("full"), dtype=torch.float32, quantization_config=config, device_map={"": "cpu"}
+    )
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(
+    params=[
+        "torchao-int8",
+        "torchao-int4",
+        *KINDS,
+        *(pytest.param((k, "smollm2"), marks=pytest.mark.slow) for k in KINDS[::3]),
+    ]
+)
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
     is_demo = isinstance(request.param, tuple)
-    quantization: Quantization = request.param[0] if is_demo else request.param
+    quantization: Any = request.param[0] if is_demo else request.param
+    is_torchao = isinstance(quantization, str)
     folder = tmp_path / "base"
     if is_demo:
         folder = ensure_demo_model(report=print)
+    elif is_torchao:
+        write_torchao_folder(folder, quantization.removeprefix("torchao-"), seed)
+        quantization = Quantization()
     else:
         write_tiny_folder(folder, "llama", seed)
     base: Any = read_model(folder, dtype=torch.float32, device=CPU, quantization=quantization)
@@ -93,7 +117,8 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
         runner.bank.load(slot, fold_adapter(load_adapter(saved), runner.model, dtype=torch.float32))
         slots[name] = {slot: 1.0}
         references[name] = models[name]
-        if not (quantization.kind == "int8" and name.startswith("dora")):  # PEFT loses an int8 layer's scales there
+        # PEFT loses an int8 layer's scales in DoRA, and its layers for torchao know other kinds.
+        if not is_torchao and not (quantization.kind == "int8" and name.startswith("dora")):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PEFT uses a name that transformers has deprecated
                 references[name] = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(saved)).eval()
@@ -239,3 +264,50 @@ def test_head_and_embeddings_stay_in_full_precision(tmp_path: Path) -> None:
     assert plain == {"lm_head"}
     saved = json.loads((tmp_path / "base" / "config.json").read_text())
     assert "quantization_config" not in saved
+
+
+class OpaqueLinear(nn.Module):
+    """A layer as GPTQ's and AWQ's packages make them: it computes, and holds its weight under names of its own."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, None
+        self.register_buffer("qweight", (linear.weight * 64).round().to(torch.int8))
+
+    def forward(self, x: Any) -> Any:
+        return x @ (self.qweight.to(x) / 64).T
+
+
+def test_lora_works_where_the_weight_cannot_be_read_and_dora_is_refused(tmp_path: Path) -> None:
+    write_tiny_folder(tmp_path / "base", "llama", seed := random.randrange(1 << 30))
+    model: Any = load_model(tmp_path / "base", dtype=torch.float32, device=CPU)
+    full = copy.deepcopy(model)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name != "lm_head":
+            parent, _, child = name.rpartition(".")
+            opaque = OpaqueLinear(layer)
+            setattr(model.get_submodule(parent), child, opaque)
+            full.get_submodule(name).weight.data = opaque.qweight.float() / 64
+    runner = ModelRunner(model, EngineConfig(max_running=4, max_slots=2, kv_bytes=1 << 24))
+    check_against_reference(runner)
+    adapters = {
+        name: peft_adapters.peft_model(full, "llama", seed, **peft_adapters.VARIANTS[name])
+        for name in ("rank4", "dora")
+    }
+    folders = {name: peft_adapters.save(adapter, tmp_path / name) for name, adapter in adapters.items()}
+    runner.bank.load(0, fold_adapter(load_adapter(folders["rank4"]), runner.model, dtype=torch.float32))
+    driver = Driver(engine := EngineLoop(runner))
+    prompt = [random.randrange(3, 300) for _ in range(12)]
+    driver.submit(prompt, greedy(1), FixedLease({0: 1.0}))
+    engine.start()
+    (outcome,) = driver.wait()
+    engine.close()
+    with torch.no_grad():
+        wanted = adapters["rank4"](input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+    assert outcome.logprobs[0] == pytest.approx(float(wanted[outcome.tokens[0]]), abs=2e-3)
+    with pytest.raises(UnsupportedError, match="OpaqueLinear"):
+        fold_adapter(load_adapter(folders["dora"]), runner.model, dtype=torch.float32)
+    ours = LoraModel(runner.model)
+    ours.load_adapter(folders["rank4"], "default")
+    with pytest.raises(UnsupportedError, match="OpaqueLinear"):
+        ours.merge_adapter(["default"])
