@@ -104,7 +104,7 @@ class LoraParameter(AdapterModule):
         return delta.view(self.parameter.shape)
 
     def merged_parameters(self, weights: Mapping[Any, float]) -> dict[str, Tensor]:
-        own = {key: weight for key, weight in weights.items() if key in self.slots or key in self.scaling}
+        own = {key: weight for key, weight in weights.items() if self._knows(key)}
         if not own:
             return {}
         weight = self.parameter
@@ -115,7 +115,10 @@ class LoraParameter(AdapterModule):
         route = self.route
         if route is None:
             return self.base_layer(*args, **kwargs)
-        return call_by_rows(self.router, route, self._call, *args, **kwargs)
+        return call_by_rows(self.router, route, self._knows, self._call, *args, **kwargs)
+
+    def _knows(self, key: Any) -> bool:
+        return key in self.slots or key in self.scaling
 
     def _call(self, weights: Mapping[Any, float], *args: Any, **kwargs: Any) -> Any:
         new = self.merged_parameters(weights)

@@ -17,11 +17,14 @@ __all__ = ["call_by_rows"]
 Weights = Mapping[Any, float]
 
 
-def call_by_rows(router: Router, route: Route, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`call(weights, *args, **kwargs)` for every distinct weighting of the route, each on its own rows.
+def call_by_rows(
+    router: Router, route: Route, knows: Callable[[Key], bool], call: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """`call(weights, *args, **kwargs)` for every distinct weighting of the adapters that the module knows.
 
-    Tensors among the arguments are split where their leading dimensions, taken together, are a multiple of the route's
-    rows; others are passed whole. While a call runs, `router` has the route of its rows.
+    Each call is for its own rows; rows that differ in other adapters only share one. Tensors among the arguments are
+    split where their leading dimensions, taken together, are a multiple of the route's rows; others are passed whole.
+    While a call runs, `router` has the route of its rows.
 
     Returns:
         The output, a tensor or a tuple of tensors, with the leading dimensions of the first tensor that was split.
@@ -29,9 +32,10 @@ def call_by_rows(router: Router, route: Route, call: Callable[..., Any], *args: 
     Raises:
         UnsupportedError: the rows differ and the module gives something else than tensors with a row per input row.
     """
-    groups = _groups(route)
+    known = frozenset(key for key in route.segments if knows(key))
+    groups = _groups(route, known)
     if len(groups) == 1:
-        return call(groups[0][0], *args, **kwargs)
+        return call(groups[0].weights, *args, **kwargs)
     values = (*args, *kwargs.values())
     first = next((v for v in values if isinstance(v, Tensor) and _depth(v, route.num_rows)), None)
     if first is None:
@@ -39,13 +43,37 @@ def call_by_rows(router: Router, route: Route, call: Callable[..., Any], *args: 
     lead = first.shape[: _depth(first, route.num_rows)]
     num_tokens = lead.numel()
     parts = []
-    for weights, rows in groups:
-        index = _token_index(rows, num_tokens // route.num_rows).to(first.device)
+    for group in groups:
+        index = group.token_index(num_tokens // route.num_rows, first.device)
         own_args = [_select(value, index, num_tokens, route.num_rows) for value in args]
         own_kwargs = {name: _select(value, index, num_tokens, route.num_rows) for name, value in kwargs.items()}
-        with router.within(Route.uniform(weights)):
-            parts.append((index, call(weights, *own_args, **own_kwargs)))
+        with router.within(group.route):
+            parts.append((index, call(group.weights, *own_args, **own_kwargs)))
     return _gather(parts, lead)
+
+
+class _Group:
+    """Rows that want the same of a module.
+
+    Args:
+        weights: of the adapters that the module knows.
+        rows: in ascending order.
+        route: of these rows alone.
+    """
+
+    def __init__(self, weights: Weights, rows: list[int], route: Route) -> None:
+        self.weights = weights
+        self.rows = rows
+        self.route = route.select(rows)
+        self._indices: dict[tuple[int, torch.device], Tensor] = {}
+
+    def token_index(self, tokens_per_row: int, device: torch.device) -> Tensor:
+        """Where the rows' tokens are, [len(rows)·tokens_per_row]; made once for all modules."""
+        key = (tokens_per_row, device)
+        if key not in self._indices:
+            starts = torch.tensor(self.rows, device=device)[:, None] * tokens_per_row
+            self._indices[key] = (starts + torch.arange(tokens_per_row, device=device)).flatten()
+        return self._indices[key]
 
 
 def _select(value: Any, index: Tensor, num_tokens: int, num_rows: int) -> Any:
@@ -68,17 +96,18 @@ def _gather(parts: list[tuple[Tensor, Any]], lead: torch.Size) -> Any:
     return gathered.unflatten(0, lead)
 
 
-def _groups(route: Route) -> list[tuple[Weights, list[int]]]:
-    """Distinct weightings with their rows; kept with the route."""
-    key = "rows.groups"
+def _groups(route: Route, known: frozenset[Key]) -> list[_Group]:
+    """The rows by what they want of these adapters; kept with the route."""
+    key = ("rows.groups", known)
     if key not in route.cache:
         found: dict[frozenset[tuple[Key, float]], tuple[Weights, list[int]]] = {}
         start = 0
         for weights, num_rows in route.runs:
-            wanted = {name: weight for name, weight in weights.items() if weight != 0.0}
-            found.setdefault(frozenset(wanted.items()), (wanted, []))[1].extend(range(start, start + num_rows))
+            wanted = {name: weight for name, weight in weights.items() if weight != 0.0 and name in known}
+            if num_rows:
+                found.setdefault(frozenset(wanted.items()), (wanted, []))[1].extend(range(start, start + num_rows))
             start += num_rows
-        route.cache[key] = list(found.values())
+        route.cache[key] = [_Group(weights, rows, route) for weights, rows in found.values()]
     return route.cache[key]  # type: ignore[return-value]
 
 
@@ -90,8 +119,3 @@ def _depth(tensor: Tensor, num_rows: int) -> int:
         if count and count % num_rows == 0:
             return depth
     return 0
-
-
-def _token_index(rows: list[int], tokens_per_row: int) -> Tensor:
-    index = torch.tensor(rows)[:, None] * tokens_per_row + torch.arange(tokens_per_row)
-    return index.flatten()

@@ -76,7 +76,7 @@ class ModulesToSave(AdapterModule):
         route = self.route
         if route is None:
             return self.original_module(*args, **kwargs)
-        return call_by_rows(self.router, route, self._call, *args, **kwargs)
+        return call_by_rows(self.router, route, self._knows, self._call, *args, **kwargs)
 
     def _base_value(self, path: str) -> Tensor:
         """A parameter, or what a packed layer gives out as one."""
@@ -84,22 +84,27 @@ class ModulesToSave(AdapterModule):
         return cast(Tensor, getattr(base_of(self).get_submodule(owner), name))
 
     def _values(self, key: Any) -> Mapping[str, Tensor] | None:
-        if key in self.copies:
-            return self.copies[key].state_dict()
-        if isinstance(key, str) and key in self.modules_to_save:
-            return self.state(key)
-        return None
+        if not self._knows(key):
+            return None
+        return self.copies[key].state_dict() if key in self.copies else self.state(key)
 
-    def _call(self, weights: Mapping[Any, float], *args: Any, **kwargs: Any) -> Any:
-        own = [key for key in weights if self._values(key) is not None]
+    def _knows(self, key: Any) -> bool:
+        return key in self.copies or (isinstance(key, str) and key in self.modules_to_save)
+
+    def _call(self, own: Mapping[Any, float], *args: Any, **kwargs: Any) -> Any:
+        """For rows that want so much of the adapters with a copy here."""
         if not own:
             return self.original_module(*args, **kwargs)
-        if self.original_module is not base_of(self) and len(weights) > len(own):
+        if self.original_module is not base_of(self) and self._is_mixed_with_others(own):
             raise UnsupportedError("a mix of an adapter that trains a module whole with one that has LoRA on it")
-        if len(own) == 1 and weights[own[0]] == 1.0:
-            return self._copy(own[0])(*args, **kwargs)
-        mixed = self.merged_parameters({key: weights[key] for key in own})
-        return functional_call(self._copy(own[0]), mixed, args, kwargs)
+        first = next(iter(own))
+        if len(own) == 1 and own[first] == 1.0:
+            return self._copy(first)(*args, **kwargs)
+        return functional_call(self._copy(first), self.merged_parameters(own), args, kwargs)
+
+    def _is_mixed_with_others(self, own: Mapping[Any, float]) -> bool:
+        """Some row wants an adapter beside these."""
+        return self.route is not None and any(key not in own for key in self.route.segments)
 
     def _copy(self, key: Any) -> nn.Module:
         return self.copies[key] if key in self.copies else self.modules_to_save[key]
@@ -129,7 +134,7 @@ class TrainableTokens(AdapterModule):
         self.base_layer = base_layer
         self.trainable_tokens_delta = nn.ParameterDict()
         self.token_indices: dict[str, tuple[int, ...]] = {}
-        self.slots: dict[Any, tuple[tuple[int, ...], Tensor]] = {}  # tokens, and their rows minus the base's
+        self.slots: dict[Any, tuple[Tensor, Tensor]] = {}  # tokens [n], and their rows minus the base's [n, D]
         self._tied_to = [tied_to]  # in a list, so that it is no submodule
 
     @property
@@ -174,31 +179,28 @@ class TrainableTokens(AdapterModule):
         for key, factor in weights.items():
             found = self._rows(key)
             if found is not None:
-                index = torch.tensor(found[0], device=weight.device)
-                out[index] = (out[index].float() + factor * found[1].detach()).to(out.dtype)
+                index, change = found
+                out[index] = (out[index].float() + factor * change.detach()).to(out.dtype)
         return {"weight": out}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self.base_layer(x, *args, **kwargs)
         route = self.route
-        if route is None:
+        found = {} if route is None else {key: own for key in route.segments if (own := self._rows(key))}
+        if route is None or not found:
             return y
         is_embedding = not x.is_floating_point()
         inputs = x.reshape(-1) if is_embedding else x.reshape(-1, x.shape[-1])
         out = y.reshape(-1, y.shape[-1]).clone()
         per_row = out.shape[0] // route.num_rows
-        for key, segments in route.segments.items():
-            found = self._rows(key)
-            if found is None:
-                continue
-            index = torch.tensor(found[0], device=y.device)
-            for segment in segments:
+        for key, (index, change) in found.items():
+            for segment in route.segments[key]:
                 rows = slice(segment.start * per_row, segment.stop * per_row)
-                change = segment.weight * found[1]
+                scaled = segment.weight * change
                 if is_embedding:
-                    out[rows] = _add_to_tokens(out[rows], inputs[rows], index, change * self._embed_scale)
+                    out[rows] = _add_to_tokens(out[rows], inputs[rows], index, scaled * self._embed_scale)
                 else:
-                    logits = F.linear(inputs[rows], change.to(inputs.dtype))
+                    logits = F.linear(inputs[rows], scaled.to(inputs.dtype))
                     out[rows] = out[rows].index_add(1, index, logits.to(out.dtype))
         return out.view(y.shape)
 
@@ -206,15 +208,15 @@ class TrainableTokens(AdapterModule):
     def _embed_scale(self) -> Any:
         return getattr(base_of(self), "embed_scale", 1.0)
 
-    def _rows(self, key: Key) -> tuple[tuple[int, ...], Tensor] | None:
+    def _rows(self, key: Key) -> tuple[Tensor, Tensor] | None:
         """An adapter's tokens [n] and the change [n, D] of their rows, in float32."""
         source = self._tied_to[0] or self
         if key in source.slots:
             return source.slots[key]
         if not isinstance(key, str) or key not in source.token_indices:
             return None
-        indices = source.token_indices[key]
-        return indices, source.trainable_tokens_delta[key].float() - self.weight[list(indices)].float()
+        index = torch.tensor(source.token_indices[key], device=self.weight.device)
+        return index, source.trainable_tokens_delta[key].float() - self.weight[index].float()
 
 
 def _add_to_tokens(y: Tensor, ids: Tensor, index: Tensor, change: Tensor) -> Tensor:

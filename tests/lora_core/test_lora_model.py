@@ -24,9 +24,11 @@ from lora_core import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from lora_core.adapter_module import base_of
 from tests.lora_core.parity import Mlp, by_peft, loaded, make_inputs, make_model, ours, randomise, run, saved
 
 LINEAR = {"r": 4, "target_modules": ["lin0", "lin1"]}
+EXPERTS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 
 
 def mlp_with(names: str = "ab", seed: int = 0, **settings: Any) -> tuple[nn.Module, LoraModel]:
@@ -349,3 +351,33 @@ def test_a_saved_embedding_of_another_model_is_refused(seed: int, tmp_path: Path
     folder = saved(theirs, tmp_path)
     with pytest.raises(TargetError, match="another model"):
         loaded(make_model("llama", seed + 1), folder)
+
+
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["lm_head"]}, EXPERTS], ids=["whole module", "experts"])
+def test_a_module_runs_once_for_all_who_have_nothing_of_their_own_there(settings: dict[str, Any], seed: int) -> None:
+    """Not once for every other adapter in the batch."""
+    base: Any = make_model("qwen3_moe", seed)
+    model = LoraModel(
+        copy.deepcopy(base), LoraConfig(**{"r": 2, "target_modules": ["q_proj"]} | settings), "own"
+    ).eval()
+    for name in ("a", "b", "c"):
+        model.add_adapter(name, LoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter(["own", "a", "b", "c"])
+    randomise(model)
+    inner = base_of(
+        model.model.get_submodule("lm_head" if "modules_to_save" in settings else "model.layers.1.mlp.experts")
+    )
+    calls: list[int] = []
+    inner.register_forward_hook(lambda *_: calls.append(1))
+    inputs = make_inputs("qwen3_moe", 5)
+    with torch.no_grad():
+        plain = run(model, inputs, adapter_names=["a", "__base__", "b", "c", {"a": 0.5, "b": 0.5}])
+        assert len(calls) == 1
+        calls.clear()
+        mixed = run(model, inputs, adapter_names=["a", "own", "b", "c", "own"])
+        assert len(calls) == (1 if "modules_to_save" in settings else 2)  # a whole module's copy is another one
+        close = {"rtol": 1e-5, "atol": 1e-4}
+        for row in (0, 2, 3):
+            torch.testing.assert_close(mixed[row], plain[row], **close)
+        alone = run(model, inputs, adapter_names=["own"] * 5)
+        torch.testing.assert_close(mixed[4], alone[4], **close)

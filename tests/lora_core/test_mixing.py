@@ -402,16 +402,15 @@ def test_wrong_arguments_are_named(
 
 def test_the_fast_svd_equals_the_dense_one(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [
-        MixPart(LoraTensors(torch.randn(r, 40), torch.randn(30, r)), scaling, weight)
+        MixPart(LoraTensors(torch.randn(r, 40).double(), torch.randn(30, r).double()), scaling, weight)
         for r, scaling, weight in ((4, 0.5, 1.0), (6, 2.0, -0.7))
     ]
-    for rank in (1, 4, 10, 30):
+    for rank in (1, 4, 10, 30):  # in float64: where two singular values are close, the cut is unstable
         fast = mix_module(parts, MixOptions(), rank)
         delta = sum(part.weight * part.scaling * part.tensors.lora_B @ part.tensors.lora_A for part in parts)
         dense = svd_factors(delta, rank)
         assert fast.lora_A.shape == dense.lora_A.shape == (rank, 40)
-        difference = fast.lora_B @ fast.lora_A - dense.lora_B @ dense.lora_A
-        assert difference.norm() <= 1e-4 * delta.norm()  # where two singular values are close, the cut is unstable
+        assert_near(fast.lora_B @ fast.lora_A, dense.lora_B @ dense.lora_A)
         kept = min(rank, 10)
         signs = (fast.lora_A * dense.lora_A)[:kept].sum(dim=1).sign()
         torch.testing.assert_close(fast.lora_A[:kept] * signs[:, None], dense.lora_A[:kept], rtol=1e-3, atol=1e-4)

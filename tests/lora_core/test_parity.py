@@ -99,7 +99,11 @@ def test_files_and_outputs_equal_peft(variant: str, seed: int, tmp_path: Path) -
     close(run(back, inputs).detach(), wanted)
     if not settings.get("layer_replication"):
         mine.disable_adapter_layers()
-        torch.testing.assert_close(run(mine, inputs), run(base, inputs), rtol=1e-5, atol=5e-5)
+        without, wanted = run(mine, inputs), run(base, inputs)
+        if name == "t5":  # its products change their last bits with where in memory their inputs lie
+            torch.testing.assert_close(without, wanted, rtol=1e-5, atol=5e-5)
+        else:
+            assert torch.equal(without, wanted)
 
 
 def same_files(ours_: Path, theirs: Path) -> None:
