@@ -2,6 +2,7 @@
 
 from server.engine.loop import EngineLoop, EngineStats
 from server.engine.ports import AdapterLease, TokenConstraint, TokenText
+from server.engine.quantization import Quantization
 from server.engine.request import (
     Event,
     Failed,
@@ -13,6 +14,7 @@ from server.engine.request import (
     TokenLogprob,
 )
 from server.engine.runner import EngineConfig, ModelRunner, load_runner
+from server.engine.saving import save_quantized
 
 __all__ = [
     "AdapterLease",
@@ -25,10 +27,12 @@ __all__ = [
     "Finished",
     "GenerationRequest",
     "ModelRunner",
+    "Quantization",
     "SamplingParams",
     "Token",
     "TokenConstraint",
     "TokenLogprob",
     "TokenText",
     "load_runner",
+    "save_quantized",
 ]
