@@ -33,7 +33,7 @@ from server.delivery import Delivery
 from server.demo import demo_adapters
 from server.demo.model import ensure_demo_model
 from server.drain import Drain
-from server.engine import EngineConfig, EngineLoop, ModelRunner, Quantization, load_runner
+from server.engine import EngineConfig, EngineLoop, Fairness, ModelRunner, Quantization, load_runner
 from server.engine.selfcheck import check_against_reference
 from server.errors import InvalidRequestError, NotFoundError
 from server.generation import GenerationService
@@ -120,7 +120,13 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
     codec = TextCodec(path, vocab_size=runner.facts.vocab_size, eos_token_ids=runner.facts.eos_token_ids)
     structured = StructuredOutput(codec)
     delivery = Delivery()
-    engine = EngineLoop(runner, max_waiting=settings.max_waiting, num_threads=num_threads, on_step=delivery.flush)
+    engine = EngineLoop(
+        runner,
+        max_waiting=settings.max_waiting,
+        num_threads=num_threads,
+        fairness=Fairness() if keys is None else Fairness(keys.weight_of),
+        on_step=delivery.flush,
+    )
     store = AdapterStore(
         settings.store, min_free_bytes=settings.min_free_bytes, max_generations=settings.max_generations
     )
