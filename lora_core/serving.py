@@ -18,7 +18,7 @@ from lora_core.checkpoint import ROWS_SUFFIX, check_base_weight, check_shape
 from lora_core.errors import TargetError, UnsupportedError
 from lora_core.inject import layer_kind, lora_layer, parameter_layer, token_layer, whole_module
 from lora_core.layer import LoraLayer, LoraLinear, is_linear, linear_weight
-from lora_core.maths import Folded, fold
+from lora_core.maths import Folded, fold, is_finite
 from lora_core.parameter import LoraParameter
 from lora_core.routing import Router
 from lora_core.shared import PackedLinear
@@ -205,7 +205,7 @@ class _Folding:
         if self.rest:
             raise TargetError(f"the adapter's file and configuration disagree about {min(self.rest)!r}")
         for name, part in out.items():
-            if not all(bool(torch.isfinite(t).all()) for t in part.tensors()):
+            if not all(map(is_finite, part.tensors())):
                 raise TargetError(f"module {name!r} is not finite in {self.dtype}", code="adapter_not_finite")
         return out
 
