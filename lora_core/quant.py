@@ -1,37 +1,58 @@
-"""Base weights that bitsandbytes holds in 4 or 8 bits: reading, writing back, training beside them.
+"""Base weights that are not held in floating point: reading, writing back, training beside them.
 
 The only module that knows bitsandbytes, and it imports it only when it meets such a weight. Formats: LLM.int8()
-(Dettmers et al. 2022), NF4 and FP4 (QLoRA, Dettmers et al. 2023).
+(Dettmers et al. 2022), NF4 and FP4 (QLoRA, Dettmers et al. 2023). torchao's tensors tell their numbers themselves.
+Layers of other packages (GPTQ, AWQ, compressed-tensors) compute, and keep their numbers to themselves: adapters that
+need none of them work.
 
 A trap on CPUs with AVX512-BF16: the first forward in evaluation mode repacks a 4-bit weight in place, rounding its
 scales to bfloat16, after which bitsandbytes' own dequantization returns noise. `keep_layout` prevents it for layers
-that carry adapters; `dequantized_weight` also reads a weight that was repacked before.
+that carry adapters; `dequantized_weight` also reads a weight that was repacked before. The repacked form is two to four
+times as fast with few rows, so a server asks for it, once and before anything reads the weight: `settle_layout`.
 """
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lora_core.errors import TargetError, UnsupportedError
+from lora_core.errors import ConfigError, TargetError, UnsupportedError
 
 __all__ = [
     "dequantized_weight",
+    "is_opaque_linear",
     "is_quantized",
     "keep_layout",
     "prepare_model_for_kbit_training",
     "quantized_like",
+    "quantized_linear",
+    "quiet_bitsandbytes",
     "replace_weight",
+    "round_trip",
+    "settle_layout",
 ]
 
 HALF = (torch.float16, torch.bfloat16)
+KINDS = ("nf4", "fp4", "int8")
+BLOCK_SIZE = 64  # numbers that share a scale in 4 bits; bitsandbytes' default
+# Under which GPTQ, AWQ and compressed-tensors hold what they make of a weight.
+OPAQUE_NAMES = ("qweight", "weight_packed")
+REPACKED_ROWS = 32  # whose nibbles the CPU's kernel takes together
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """True for a layer whose weight bitsandbytes holds in 4 or 8 bits (not one that waits to be quantized)."""
-    return _num_bits(getattr(module, "weight", None)) is not None
+    """True for a layer whose weight is not held in floating point (not for one that waits to be quantized)."""
+    weight = getattr(module, "weight", None)
+    return _num_bits(weight) is not None or _is_torchao(weight) or is_opaque_linear(module)
+
+
+def is_opaque_linear(module: nn.Module) -> bool:
+    """True for a linear layer of a package whose form of weights is not known here."""
+    is_linear = isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features")
+    return is_linear and any(torch.is_tensor(getattr(module, name, None)) for name in OPAQUE_NAMES)
 
 
 def dequantized_weight(module: nn.Module) -> Tensor:
@@ -40,10 +61,14 @@ def dequantized_weight(module: nn.Module) -> Tensor:
     Raises:
         UnsupportedError: the layer is not one that `is_quantized` knows.
     """
-    weight = cast(Any, module).weight
+    weight: Any = getattr(module, "weight", None)
     bits = _num_bits(weight)
+    if _is_torchao(weight):
+        return cast(Tensor, weight.dequantize()).float()
     if bits is None:
-        raise UnsupportedError(f"the weight of a {type(module).__name__} is not one of bitsandbytes'")
+        raise UnsupportedError(
+            f"the weight of a {type(module).__name__} is in a form that cannot be read, which DoRA and merging need"
+        )
     from bitsandbytes import functional as bnb  # noqa: PLC0415 - optional
 
     if bits == 8:
@@ -60,13 +85,16 @@ def quantized_like(module: nn.Module, weight: Tensor) -> nn.Parameter:
     The layer keeps its weight until `replace_weight`.
 
     Raises:
-        UnsupportedError: the layer is not quantized.
+        UnsupportedError: the layer is not quantized by bitsandbytes.
         TargetError: the shape is not the layer's.
     """
-    own = cast(Any, module).weight
+    own: Any = getattr(module, "weight", None)
     bits = _num_bits(own)
     if bits is None:
-        raise UnsupportedError(f"the weight of a {type(module).__name__} is not one of bitsandbytes'")
+        raise UnsupportedError(
+            f"the weight of a {type(module).__name__} is not one of bitsandbytes', and others' cannot be written back: "
+            "merge into the model in full precision"
+        )
     wanted = [cast(Any, module).out_features, cast(Any, module).in_features]
     if list(weight.shape) != wanted:
         raise TargetError(f"a weight of shape {list(weight.shape)} cannot take the place of one of {wanted}")
@@ -87,6 +115,67 @@ def quantized_like(module: nn.Module, weight: Tensor) -> nn.Parameter:
     is_repacked = getattr(state, "packing_format_for_cpu", False)
     out.quant_state.dtype = state.original_dtype if is_repacked else state.dtype
     return out
+
+
+def round_trip(weight: Tensor, kind: str, *, double_quant: bool = False) -> Tensor:
+    """What a weight [O, I] becomes when a server holds it in `kind`: quantized and dequantized, in float32.
+
+    Args:
+        weight: in the dtype that the model is loaded in.
+        kind: "nf4" or "fp4", with a scale for each 64 numbers, or "int8", with one for each row.
+        double_quant: with 4 bits, their scales are quantized as well.
+
+    Raises:
+        ConfigError: another kind.
+        UnsupportedError: bitsandbytes is not installed.
+    """
+    bnb = _functional(kind)
+    if kind == "int8":
+        values, scales, _ = bnb.int8_vectorwise_quant(weight.half())
+        return bnb.int8_vectorwise_dequant(values, scales).float()
+    packed, state = bnb.quantize_4bit(
+        weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=double_quant, quant_type=kind
+    )
+    return bnb.dequantize_4bit(packed, state).float()
+
+
+def quantized_linear(linear: nn.Module, weight: Tensor, kind: str, *, double_quant: bool = False) -> nn.Module:
+    """A layer that computes with a quantized `weight` [O, I], in the weight's dtype, and the bias of `linear`.
+
+    Raises:
+        ConfigError, UnsupportedError: as `round_trip`.
+    """
+    _functional(kind)
+    import bitsandbytes as bnb  # noqa: PLC0415 - optional
+
+    out_features, in_features = weight.shape
+    bias: nn.Parameter | None = getattr(linear, "bias", None)
+    values = weight.detach().contiguous()
+    out: nn.Module
+    if kind == "int8":
+        out = bnb.nn.Linear8bitLt(in_features, out_features, bias is not None, has_fp16_weights=False, device="meta")
+        out.weight = bnb.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False).to(weight.device)
+    else:
+        options = {"compress_statistics": double_quant, "quant_type": kind}
+        out = bnb.nn.Linear4bit(
+            in_features, out_features, bias is not None, compute_dtype=weight.dtype, device="meta", **options
+        )
+        parameter = bnb.nn.Params4bit(values, requires_grad=False, blocksize=BLOCK_SIZE, module=out, **options)
+        out.weight = parameter.to(weight.device)
+    if bias is not None:
+        out.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    keep_layout(out)
+    return out.eval()
+
+
+def _functional(kind: str) -> Any:
+    if kind not in KINDS:
+        raise ConfigError(f"weights are quantized to {', '.join(KINDS)}, not to {kind!r}")
+    try:
+        from bitsandbytes import functional  # noqa: PLC0415 - optional
+    except ImportError as error:
+        raise UnsupportedError("quantized weights need bitsandbytes: pip install 'loramux[bnb]'") from error
+    return functional
 
 
 def replace_weight(module: nn.Module, parameter: nn.Parameter) -> nn.Parameter:
@@ -119,6 +208,32 @@ def keep_layout(module: nn.Module) -> None:
     """
     if hasattr(module, "support_avx512bf16_for_cpu"):
         cast(Any, module).support_avx512bf16_for_cpu = False
+
+
+def settle_layout(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Give a layer for inference in `dtype` the layout that is fast there, for good; returns whether it was repacked.
+
+    That is bitsandbytes' own layout for CPUs, where it has a kernel for the layer; its scales are rounded to bfloat16,
+    at most by 2^-8 of each, and `dequantized_weight` gives the numbers so rounded. All else keeps what it has.
+    """
+    keep_layout(module)
+    weight: Any = getattr(module, "weight", None)
+    if _num_bits(weight) != 4 or weight.device.type != "cpu" or dtype != torch.bfloat16:
+        return False
+    from bitsandbytes import functional as bnb  # noqa: PLC0415 - optional
+
+    state = weight.quant_state
+    out_features, in_features = state.shape
+    if out_features % REPACKED_ROWS or in_features % state.blocksize or not bnb.has_avx512bf16():
+        return False
+    if not getattr(state, "packing_format_for_cpu", False):
+        weight.data, weight.quant_state = bnb._convert_weight_packed_for_cpu(weight.data, state)
+    return True
+
+
+def quiet_bitsandbytes() -> None:
+    """Silence its warnings of every int8 product's cast to float16, and of a kernel that it would fetch from a hub."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def prepare_model_for_kbit_training(
@@ -170,13 +285,27 @@ def _num_bits(weight: Any) -> int | None:
     return None
 
 
+def _is_torchao(weight: Any) -> bool:
+    return any(kind.__module__.startswith("torchao.") for kind in type(weight).__mro__) and hasattr(
+        weight, "dequantize"
+    )
+
+
 def _dequantize_repacked(weight: Any) -> Tensor:
-    """From the CPU kernel's layout: scales [I / block, O] in bfloat16, nibbles in groups of 32 rows."""
+    """From the CPU kernel's layout: scales [I / block, O] in bfloat16, nibbles in groups of 32 rows.
+
+    A group's byte j of columns 2k and 2k + 1 holds column 2k + (j mod 2) of row j / 2 in its low half, and of row
+    16 + j / 2 in its high half. Files have column 2k in the high half and 2k + 1 in the low half of one byte.
+    """
     from bitsandbytes import functional as bnb  # noqa: PLC0415 - optional
 
-    state = copy.copy(weight.quant_state)  # the inverse changes it, and would quantize the scales of a nested one again
-    state.original_nested = False
-    packed, state = bnb._convert_weight_packed_for_cpu_inverse(weight.data, state)
-    state.absmax = weight.quant_state.absmax.T.reshape(-1).float()
+    state = copy.copy(weight.quant_state)
+    out_features, in_features = state.shape
+    num_groups = out_features // REPACKED_ROWS
+    pairs = weight.data.view(num_groups, in_features // 2, REPACKED_ROWS // 2, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    low, high = (even << 4) | (odd & 15), (even & 240) | (odd >> 4)
+    packed = torch.cat([low, high], dim=-1).transpose(1, 2).reshape(-1, 1)
+    state.absmax = state.absmax.T.reshape(-1).float()
     state.dtype = torch.float32
     return bnb.dequantize_4bit(packed, state)

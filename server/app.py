@@ -14,10 +14,11 @@ from fastapi import FastAPI
 
 from server.adapters.archive import ArchiveLimits
 from server.adapters.import_root import ImportRoot
+from server.adapters.intake import AdapterIntake
 from server.adapters.loader import AdapterLoader, BankSlots, FoldedAdapter
 from server.adapters.registry import AdapterRegistry
 from server.adapters.service import AdapterService
-from server.adapters.store import AdapterStore
+from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterStore
 from server.api.authentication import Authentication
 from server.api.draining import DrainGate
 from server.api.envelopes import install_error_handlers
@@ -32,11 +33,12 @@ from server.delivery import Delivery
 from server.demo import demo_adapters
 from server.demo.model import ensure_demo_model
 from server.drain import Drain
-from server.engine import EngineConfig, EngineLoop, Fairness, ModelRunner, load_runner
+from server.engine import EngineConfig, EngineLoop, Fairness, ModelRunner, Quantization, load_runner
 from server.engine.selfcheck import check_against_reference
 from server.errors import InvalidRequestError, NotFoundError
 from server.generation import GenerationService
-from server.jobs.handlers import AdapterJobs
+from server.jobs.conversion import ConversionProcess
+from server.jobs.handlers import AdapterJobs, ServedWeights
 from server.jobs.queue import JobQueue
 from server.jobs.store import JobStore
 from server.memory import free_host_bytes
@@ -100,7 +102,9 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
     path, model_id = _model_path(settings, report)
     torch.set_num_threads(1)  # see EngineLoop: no team of threads but the engine's
     device, dtype = _device_and_dtype(settings)
-    report(f"loading {model_id} ({str(dtype).removeprefix('torch.')}, {device})")
+    quantization = Quantization(settings.quantization, settings.double_quant)
+    form = "" if quantization.kind == "none" else f"{quantization.kind}, "
+    report(f"loading {model_id} ({form}{str(dtype).removeprefix('torch.')}, {device})")
     config = EngineConfig(
         max_running=settings.max_running,
         max_step_tokens=max(settings.max_step_tokens, settings.max_running),
@@ -110,7 +114,7 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
         kv_bytes=settings.kv_memory,
         max_model_len=settings.max_model_len,
     )
-    runner = load_runner(path, config, dtype=dtype, device=device)
+    runner = load_runner(path, config, dtype=dtype, device=device, quantization=quantization)
     error = check_against_reference(runner)
     report(f"the engine agrees with transformers on this model (relative error {error:.1e})")
     codec = TextCodec(path, vocab_size=runner.facts.vocab_size, eos_token_ids=runner.facts.eos_token_ids)
@@ -144,10 +148,12 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
     )
     limits = ArchiveLimits(max_weights_bytes=settings.max_upload_bytes)
     base_names = frozenset({model_id, BASE_NAME})
-    adapters = AdapterService(store, registry, loader, base_names=base_names, limits=limits)
+    intake = AdapterIntake(loader, ConversionProcess(path), limits)
+    adapters = AdapterService(store, registry, intake, base_names=base_names, max_rank=settings.max_rank)
     _import_adapters(settings, store, adapters, report)
     imports = ImportRoot(settings.import_root)
-    jobs = _jobs(settings, path, store, adapters, imports)
+    served = ServedWeights(dtype=str(dtype).removeprefix("torch."))
+    jobs = _jobs(settings, path, store, adapters, imports, served)
     return Server(
         runner=runner,
         engine=engine,
@@ -288,7 +294,12 @@ def _import_adapters(settings: Settings, store: AdapterStore, adapters: AdapterS
 
 
 def _jobs(
-    settings: Settings, base: Path, store: AdapterStore, adapters: AdapterService, imports: ImportRoot
+    settings: Settings,
+    base: Path,
+    store: AdapterStore,
+    adapters: AdapterService,
+    imports: ImportRoot,
+    served: ServedWeights,
 ) -> JobQueue:
     handler = AdapterJobs(
         adapters,
@@ -297,6 +308,9 @@ def _jobs(
         exports=settings.store / "exports",
         imports=imports,
         allow_hub=settings.allow_hub,
+        s3_root=settings.s3_root,
+        max_bytes={CONFIG_NAME: ArchiveLimits().max_config_bytes, WEIGHTS_NAME: settings.max_upload_bytes},
+        served=served,
     )
     jobs = JobQueue(JobStore(settings.store / "jobs"), handler)
     jobs.open()
@@ -316,7 +330,7 @@ def _names(settings: Settings, adapters: AdapterService, model_id: str) -> Model
 
 def _fingerprint(info: Info) -> str:
     """OpenAI's `system_fingerprint`: changes with what could change the output."""
-    text = f"{info.model_id} {info.model_dtype} {info.model_device_type} {info.version}"
+    text = f"{info.model_id} {info.model_dtype} {info.quantization} {info.model_device_type} {info.version}"
     return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -325,6 +339,7 @@ def _info(settings: Settings, runner: ModelRunner, model_id: str) -> Info:
     return Info(
         model_id=model_id,
         model_dtype=str(runner.dtype).removeprefix("torch."),
+        quantization=runner.quantization,
         model_device_type=runner.device.type,
         max_concurrent_requests=settings.max_running + settings.max_waiting,
         max_best_of=MAX_SEQUENCES,

@@ -40,6 +40,13 @@ def serve(
     ] = DEFAULTS.drain_timeout_s,
     device: Annotated[str, option("--device", '"auto", "cpu", "cuda", "cuda:1" ...')] = DEFAULTS.device,
     dtype: Annotated[str, option("--dtype", '"auto", "float32", "bfloat16" or "float16".')] = DEFAULTS.dtype,
+    quantization: Annotated[
+        str,
+        option("--quantization", '"none", "nf4", "fp4" or "int8": hold linear layers in so many bits (bitsandbytes).'),
+    ] = DEFAULTS.quantization,
+    double_quant: Annotated[
+        bool, option("--double-quant", "With 4 bits, hold their scales in 8 bits.")
+    ] = DEFAULTS.double_quant,
     adapter: Annotated[
         list[str] | None,
         option(
@@ -89,6 +96,9 @@ def serve(
         Path | None, option("--import-root", "Folder under which paths in requests must lie; none are taken without.")
     ] = None,
     allow_hub: Annotated[bool, option("--allow-hub", "Let jobs fetch adapters from the Hugging Face hub.")] = False,
+    s3_root: Annotated[
+        str | None, option("--s3-root", "s3://bucket/prefix from below which jobs may fetch adapters; none without.")
+    ] = None,
     max_json_bytes: Annotated[int, size_option("--max-json-bytes", "Largest JSON body.")] = DEFAULTS.max_json_bytes,
     max_upload_bytes: Annotated[
         int, size_option("--max-upload-bytes", "Largest adapter upload.")
