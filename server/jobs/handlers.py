@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from server.adapters.import_root import ImportRoot
+from server.adapters.quota import StorageQuota
 from server.adapters.record import Publication
 from server.adapters.service import AdapterService
 from server.adapters.store import AdapterRecord, AdapterStore
@@ -110,6 +111,7 @@ class AdapterJobs:
             labels=options.get("labels"),
             note=options.get("note"),
             source=source | {"result": dict(result)},
+            quota=StorageQuota(record.owner.get("max_adapters"), record.owner.get("max_bytes")),
         )
         return self._adapters.import_folder(options["name"], folder, publication)
 
