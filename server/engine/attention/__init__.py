@@ -4,10 +4,11 @@ from server.engine.attention.copies import DecodeCopies
 from server.engine.attention.interface import ATTENTION_NAME, AttentionCall, AttentionStep, register, use_step
 from server.engine.attention.paged import AttentionGroup, PagedAttention
 from server.engine.attention.probe import AttentionProbe
-from server.engine.attention.rotary import RotaryAttention, replace_attention
+from server.engine.attention.rotary import TOLERANCE, RotaryAttention, replace_attention
 
 __all__ = [
     "ATTENTION_NAME",
+    "TOLERANCE",
     "AttentionCall",
     "AttentionGroup",
     "AttentionProbe",
