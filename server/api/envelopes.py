@@ -65,6 +65,7 @@ SHAPES: dict[str, _Shape] = {
 }
 
 
+ENCODE = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode
 ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -114,7 +115,7 @@ def error_response(error: ServerError, family: Family) -> Response:
 
 def dump(body: Any) -> str:
     """JSON on one line, all ASCII: clients that split streams at any line separator stay whole."""
-    return json.dumps(body, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return ENCODE(body)
 
 
 def install_error_handlers(app: FastAPI) -> None:
