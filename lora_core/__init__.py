@@ -13,6 +13,7 @@ from lora_core.errors import (
 )
 from lora_core.functions import get_peft_model, inject_adapter_in_model
 from lora_core.layer import LoraLinear
+from lora_core.ledger import TensorGroup, TensorLedger
 from lora_core.loftq_replace import replace_lora_weights_loftq
 from lora_core.model import LoraModel
 from lora_core.ops import apply_lora
@@ -44,6 +45,8 @@ __all__ = [
     "Run",
     "SlotBank",
     "TargetError",
+    "TensorGroup",
+    "TensorLedger",
     "UnsupportedError",
     "apply_lora",
     "attach_slots",

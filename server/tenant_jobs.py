@@ -16,9 +16,10 @@ from server.tenancy import CallerAdapters, Note
 
 __all__ = ["CallerJobs"]
 
-# The others read folders of the server's disk, or write models of gigabytes.
+# The others read folders of the server's disk, write models of gigabytes or run the model for minutes.
 TENANT_KINDS = frozenset({"convert", "import", "mix", "verify"})
-FOLDER_OPTIONS = ("path", "initial_path")
+# They name folders of the server's disk, or what it reads with its own credentials.
+SERVERS_OPTIONS = ("path", "initial_path", "url")
 
 
 class CallerJobs:
@@ -76,7 +77,7 @@ class CallerJobs:
     def _refuse_what_only_administrators_do(self, kind: str, options: Mapping[str, Any]) -> None:
         if kind not in TENANT_KINDS:
             raise ForbiddenError(f"jobs of kind {kind!r} need a key with the scope `admin`")
-        for option in FOLDER_OPTIONS:
+        for option in SERVERS_OPTIONS:
             if options.get(option) is not None:
                 raise ForbiddenError(f"`{option}` needs a key with the scope `admin`", param=option)
 

@@ -115,6 +115,8 @@ def test_what_only_administrators_begin_is_refused_by_its_scope(guarded: Guarded
         {"kind": "merge", "adapters": ["own"]},
         {"kind": "extract", "name": "x", "path": "x", "rank": 2, "target_modules": ["q_proj"]},
         {"kind": "import", "name": "x", "path": "x"},
+        {"kind": "import", "name": "x", "url": "s3://bucket/x"},
+        {"kind": "loftq", "name": "x", "rank": 2, "quantization": "nf4"},
         {"kind": "convert", "name": "x", "path": "x"},
         {"kind": "convert", "name": "x", "adapter": "own", "initial_path": "x"},
     ]

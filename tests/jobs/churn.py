@@ -40,7 +40,7 @@ class Publisher:
 
     def check_name(self, name: str) -> None: ...
 
-    def import_folder(self, name: str, folder: Path, publication: Publication) -> AdapterRecord:
+    def import_folder(self, name: str, folder: Path, publication: Publication, *, converted: str = "") -> AdapterRecord:
         with self._store.staging_folder() as staged:
             for file_name in (CONFIG_NAME, WEIGHTS_NAME):
                 (staged / file_name).write_bytes((folder / file_name).read_bytes())
