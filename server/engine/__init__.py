@@ -1,7 +1,9 @@
 """Continuous batching over one model and many adapters. The import surface of the engine."""
 
+from server.engine.fairness import Fairness
 from server.engine.loop import EngineLoop, EngineStats
 from server.engine.ports import AdapterLease, TokenConstraint, TokenText
+from server.engine.quantization import Quantization
 from server.engine.request import (
     Event,
     Failed,
@@ -13,6 +15,7 @@ from server.engine.request import (
     TokenLogprob,
 )
 from server.engine.runner import EngineConfig, ModelRunner, load_runner
+from server.engine.saving import save_quantized
 
 __all__ = [
     "AdapterLease",
@@ -21,14 +24,17 @@ __all__ = [
     "EngineStats",
     "Event",
     "Failed",
+    "Fairness",
     "FinishReason",
     "Finished",
     "GenerationRequest",
     "ModelRunner",
+    "Quantization",
     "SamplingParams",
     "Token",
     "TokenConstraint",
     "TokenLogprob",
     "TokenText",
     "load_runner",
+    "save_quantized",
 ]

@@ -12,6 +12,7 @@ from server.engine.batch import Batch
 from server.engine.kv_cache import KVCache
 from server.engine.model import ModelFacts, inspect_model, load_model
 from server.engine.optimise import optimise
+from server.engine.quantization import Quantization, checkpoint_quantization
 from server.engine.reference import make_reference
 from server.errors import InvalidRequestError
 
@@ -59,6 +60,7 @@ class ModelRunner:
         reference: what transformers' own code gave before the model was changed.
         copies: of the cache, for sequences that decode.
         optimised: what could be made faster.
+        quantization: how the weights are held ("nf4", "int8", another method's name), or None.
 
     Raises:
         InvalidRequestError: the architecture is not supported, or the cache has no room for one block.
@@ -67,8 +69,9 @@ class ModelRunner:
     def __init__(self, model: nn.Module, config: EngineConfig) -> None:
         self.model = model
         self.config = config
-        parameter = next(model.parameters())
+        parameter = next(p for p in model.parameters() if p.is_floating_point())
         self.device, self.dtype = parameter.device, parameter.dtype
+        self.quantization = checkpoint_quantization(model.config)
         self.facts: ModelFacts = inspect_model(model)
         self.cache = self._make_cache()
         longest = min(self.facts.max_positions, (self.cache.num_blocks - 1) * config.block_size)
@@ -106,6 +109,14 @@ class ModelRunner:
         return KVCache(self.facts.layers, num_blocks, self.config.block_size, dtype=self.dtype, device=self.device)
 
 
-def load_runner(path: str | Path, config: EngineConfig, *, dtype: torch.dtype, device: torch.device) -> ModelRunner:
+def load_runner(
+    path: str | Path,
+    config: EngineConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization | None = None,
+) -> ModelRunner:
     """Load a local model folder and make it ready; errors as in `ModelRunner` and `load_model`."""
-    return ModelRunner(load_model(path, dtype=dtype, device=device), config)
+    model = load_model(path, dtype=dtype, device=device, quantization=quantization or Quantization())
+    return ModelRunner(model, config)

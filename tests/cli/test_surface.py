@@ -35,7 +35,7 @@ def test_every_command(path: tuple[str, ...]) -> None:
     options = {option for parameter in COMMANDS[path].params for option in parameter.opts}
     assert ("--json" in options) == (path not in WITHOUT_JSON)
     assert COMMANDS[path].help
-    section = README[README.index("## The command line") : README.index("## The Python client")]
+    section = README[README.index("## Flags of") : README.index("## The Python client")]
     assert f"`{path[0]}" in section or f"`loramux {path[0]}" in section
     assert path[-1] in section
     shown = CliRunner().invoke(get_command(app), [*path, "--help"])

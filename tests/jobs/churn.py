@@ -47,13 +47,13 @@ class Publisher:
             return self._store.publish(name, staged, {}, publication)
 
 
-def opened(root: Path) -> tuple[AdapterStore, JobQueue]:
+def opened(root: Path, make_process: Callable[[], WorkProcess] = Writer) -> tuple[AdapterStore, JobQueue]:
     store = AdapterStore(root)
     store.open()
     handler = AdapterJobs(
         Publisher(store), store, base=root, exports=root / "exports", imports=ImportRoot(None), allow_hub=False
     )
-    queue = JobQueue(JobStore(root / "jobs"), handler, make_process=Writer)
+    queue = JobQueue(JobStore(root / "jobs"), handler, make_process=make_process)
     queue.open()
     return store, queue
 

@@ -131,6 +131,7 @@ class KeyLimits(Model):
         max_adapters, max_adapter_bytes: of all that its tenant keeps.
     """
 
+    weight: float | None = None
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     max_concurrent: int | None = None
