@@ -19,6 +19,7 @@ from server.adapters.loader import AdapterLoader, BankSlots, FoldedAdapter
 from server.adapters.registry import AdapterRegistry
 from server.adapters.service import AdapterService
 from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterStore
+from server.api.access_log import AccessLog
 from server.api.authentication import Authentication
 from server.api.draining import DrainGate
 from server.api.envelopes import install_error_handlers
@@ -227,6 +228,7 @@ def create_app(server: Server, settings: Settings) -> FastAPI:
         open_metrics=settings.open_metrics,
     )
     app.add_middleware(DrainGate, drain=server.drain)
+    app.add_middleware(AccessLog, count=server.metrics.count_http)
     app.add_middleware(RequestId)  # the last one added is the first to be asked
     return app
 

@@ -15,6 +15,7 @@ is stable and listed in the README. Messages are for people: they name values an
     ├── OverloadedError        full at the moment, with Retry-After  kind "overloaded"
     ├── UnavailableError       starting, draining or storage down    kind "unavailable"
     ├── StorageFullError       no space left for adapters            kind "storage_full"
+    ├── QuotaExceededError     the key's owner keeps too much        kind "quota"
     └── GenerationError        failed after it was accepted          kind "generation"
 """
 
@@ -31,6 +32,7 @@ __all__ = [
     "InvalidRequestError",
     "NotFoundError",
     "OverloadedError",
+    "QuotaExceededError",
     "ServerError",
     "StorageFullError",
     "TooLargeError",
@@ -131,6 +133,11 @@ class StorageFullError(ServerError):
     kind = "storage_full"
     code = "storage_full"
     retry_after_s = 60
+
+
+class QuotaExceededError(ServerError):
+    kind = "quota"
+    code = "quota_exceeded"
 
 
 class GenerationError(ServerError):

@@ -46,6 +46,12 @@ class Metrics:
         self._requests = Counter(
             "loramux_requests", "Requests that ended, by how.", ["outcome"], registry=self._registry
         )
+        self._http = Counter(
+            "loramux_http_requests",
+            "HTTP requests that ended; status 499: the client went first.",
+            ["method", "route", "status"],
+            registry=self._registry,
+        )
         self._first_token = Histogram(
             "loramux_time_to_first_token_seconds",
             "From arrival to the first token.",
@@ -77,6 +83,10 @@ class Metrics:
             self._duration.observe(time.monotonic() - timing.started_s)
             if timing.first_token_s is not None:
                 self._first_token.observe(timing.first_token_s - timing.started_s)
+
+    def count_http(self, method: str, route: str, status: int) -> None:
+        """Count a request that has ended."""
+        self._http.labels(method, route, status).inc()
 
     def render(self) -> bytes:
         """All figures in the text format."""

@@ -9,21 +9,30 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from server.adapters.lease import Lease, RegistryStats
-from server.adapters.record import AT_ONCE, AdapterRecord, Publication
+from server.adapters.quota import StorageQuota
+from server.adapters.record import (
+    AT_ONCE,
+    NAME_PATTERN,
+    TENANT_MARK,
+    AdapterRecord,
+    Publication,
+    owner_of,
+    split_reference,
+)
 from server.adapters.service import AdapterService, AdapterView
 from server.auth.caller import Caller
 from server.errors import ForbiddenError, NotFoundError, ServerError
 
-__all__ = ["TENANT_MARK", "CallerAdapters", "Note"]
+__all__ = ["CallerAdapters", "Note", "missing_adapter"]
 
 T = TypeVar("T")
 
-TENANT_MARK = "~"
 Note = Callable[[Mapping[str, object]], None]
 """Takes facts about a change, for the audit log."""
+FREE_TEXTS = frozenset({"labels", "note"})  # whatever somebody wanted to remember: no names of adapters
 
 
 class CallerAdapters:
@@ -38,10 +47,10 @@ class CallerAdapters:
 
     def open_lease(self, weights: Mapping[str, float]) -> Lease | None:
         """Claim adapters for a request; None if only the base model is wanted."""
-        shown = {self._find(name): name for name in weights}
+        shown = {self.stored_name(name): name for name in weights}
         stored: dict[str, float] = {}
         for name, weight in weights.items():
-            found = self._find(name)
+            found = self.stored_name(name)
             stored[found] = stored.get(found, 0.0) + weight
         with self._in_own_words():
             lease = self._service.open_lease(stored)
@@ -52,12 +61,12 @@ class CallerAdapters:
     def records(self) -> list[AdapterRecord]:
         """The current generation of every adapter that the caller may know, by name."""
         visible = self._visible({record.name: record for record in self._service.records()})
-        return [replace(visible[name], name=name) for name in sorted(visible)]
+        return [self._renamed(visible[name]) for name in sorted(visible)]
 
     def get(self, name: str) -> AdapterRecord:
         """One adapter; NotFoundError if there is none."""
         with self._in_own_words():
-            return self._renamed(self._service.get(self._find(name)))
+            return self._renamed(self._service.get(self.stored_name(name)))
 
     def views(self) -> list[AdapterView]:
         """The same as `records`, as they are now."""
@@ -67,7 +76,7 @@ class CallerAdapters:
     def view(self, record: AdapterRecord) -> AdapterView:
         """A generation that the caller got from here, as it is now; it may have been deleted since."""
         try:
-            stored = self._find(record.name)
+            stored = self.stored_name(record.name)
         except NotFoundError:
             stored = self._own + record.name
         view = self._service.view(replace(record, name=stored))
@@ -76,18 +85,22 @@ class CallerAdapters:
     def generations(self, name: str) -> list[AdapterView]:
         """All kept generations of a name, newest first."""
         with self._in_own_words():
-            views = self._service.generations(self._find(name))
+            views = self._service.generations(self.stored_name(name))
         return [replace(view, record=self._renamed(view.record)) for view in views]
 
     def upload_files(
         self, name: str, files: Mapping[str, BinaryIO], publication: Publication = AT_ONCE
     ) -> AdapterRecord:
         """Check and publish an adapter from its files by their names; durable when this returns."""
-        return self._write("upload", name, lambda stored: self._service.upload_files(stored, files, publication))
+        return self._write(
+            "upload", name, lambda stored: self._service.upload_files(stored, files, self._limited(publication))
+        )
 
     def upload_archive(self, name: str, archive: BinaryIO, publication: Publication = AT_ONCE) -> AdapterRecord:
         """The same from a zip, tar or tar.gz of the adapter's folder."""
-        return self._write("upload", name, lambda stored: self._service.upload_archive(stored, archive, publication))
+        return self._write(
+            "upload", name, lambda stored: self._service.upload_archive(stored, archive, self._limited(publication))
+        )
 
     def delete(self, name: str, *, expected_generation: int | None = None) -> AdapterRecord:
         """Hide an adapter at once."""
@@ -131,7 +144,7 @@ class CallerAdapters:
 
     def warm(self, name: str) -> "Future[None]":
         """Bring an adapter into a slot, after what requests wait for."""
-        return self._service.warm(self._find(name))
+        return self._service.warm(self.stored_name(name))
 
     def evict(self, name: str) -> AdapterRecord:
         """Free an adapter's memory, once the requests that use it have ended."""
@@ -145,7 +158,7 @@ class CallerAdapters:
         """Let the name's generations come and go again."""
         return self._write("unpin", name, self._service.unpin)
 
-    def _find(self, name: str) -> str:
+    def stored_name(self, name: str) -> str:
         """The stored name, or `name@generation`, that the caller means by a name; NotFoundError if there is none."""
         if self._caller.sees_all:
             return name
@@ -155,15 +168,54 @@ class CallerAdapters:
                 return self._own + name
             if self._exists(bare):
                 return name
-        raise _missing(name)
+        raise missing_adapter(name)
 
     def knows(self, name: str) -> bool:
         """The caller may use an adapter of this name."""
         try:
-            self._find(name)
+            self.stored_name(name)
         except NotFoundError:
             return False
         return not self._caller.sees_all or self._exists(name)
+
+    def own_name(self, name: str) -> str:
+        """The stored name of a new adapter of the caller's.
+
+        Raises:
+            ForbiddenError: its key does not let it have one of this name; says nothing about what exists.
+        """
+        if not self._may_own(name):
+            raise ForbiddenError("this key may not have an adapter of this name", code="adapter_not_allowed")
+        return self._own + name
+
+    def owned_references(self) -> list[str]:
+        """The stored `name@generation` of all that the caller owns and may know."""
+        histories = [self._service.peek(record.name) for record in self._service.records()]
+        mine = [one for one in histories if owner_of(one.name) == self._caller.tenant and self._sees(one.name)]
+        return [f"{one.name}@{record.generation}" for one in mine for record in one.generations]
+
+    def in_own_words(self, value: Any) -> Any:
+        """A JSON value with the caller's adapters under its own names for them."""
+        if isinstance(value, Mapping):
+            return {key: value[key] if key in FREE_TEXTS else self.in_own_words(value[key]) for key in value}
+        if isinstance(value, list | tuple):
+            return [self.in_own_words(one) for one in value]
+        return self._shown(value) if isinstance(value, str) else value
+
+    def without_tenant(self, message: str) -> str:
+        """A message that names the caller's adapters as it does."""
+        return message.replace(self._own, "") if self._own else message
+
+    @property
+    def quota(self) -> StorageQuota:
+        """What may be kept of the caller's adapters."""
+        return StorageQuota(self._caller.limits.max_adapters, self._caller.limits.max_adapter_bytes)
+
+    def _limited(self, publication: Publication) -> Publication:
+        return replace(publication, quota=self.quota)
+
+    def _may_own(self, name: str) -> bool:
+        return self._caller.sees_all or (TENANT_MARK not in name and self._caller.may_use(name))
 
     def _exists(self, name: str) -> bool:
         try:
@@ -174,11 +226,9 @@ class CallerAdapters:
 
     def _write(self, action: str, name: str, change: Callable[[str], AdapterRecord]) -> AdapterRecord:
         """Change what the caller owns. The public adapters are owned by callers without a tenant."""
-        if not self._caller.sees_all and (TENANT_MARK in name or not self._caller.may_use(name)):
-            if action == "upload":  # says nothing about what exists
-                raise ForbiddenError("this key may not upload an adapter of this name", code="adapter_not_allowed")
-            raise _missing(name)
-        stored = self._own + name
+        if action != "upload" and not self._may_own(name):
+            raise missing_adapter(name)
+        stored = self.own_name(name)
         self._note({"action": action, "adapter": stored})
         with self._in_own_words():
             record = change(stored)
@@ -203,7 +253,13 @@ class CallerAdapters:
         return stored.removeprefix(self._own) if self._own else stored
 
     def _renamed(self, record: AdapterRecord) -> AdapterRecord:
-        return replace(record, name=self._shown(record.name))
+        """A generation in the caller's words; of what it was made from, nothing that others have is told."""
+        if self._caller.sees_all:
+            return record
+        source = self.in_own_words(record.source)
+        if any(TENANT_MARK in name for name in _adapter_names(source)):
+            source = {key: source[key] for key in ("kind", "job_id") if key in source}
+        return replace(record, name=self._shown(record.name), source=source)
 
     @contextmanager
     def _in_own_words(self) -> Iterator[None]:
@@ -211,12 +267,24 @@ class CallerAdapters:
         try:
             yield
         except ServerError as error:
-            if self._own:
-                error.message = error.message.replace(self._own, "")
-                error.args = (error.message,)
+            error.message = self.without_tenant(error.message)
+            error.args = (error.message,)
             raise
 
 
-def _missing(name: str) -> NotFoundError:
+def _adapter_names(value: Any) -> Iterator[str]:
+    """Every text of a JSON value that is an adapter's name, or could be one."""
+    if isinstance(value, Mapping):
+        for key in value.keys() - FREE_TEXTS:
+            yield from _adapter_names(value[key])
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _adapter_names(one)
+    elif isinstance(value, str) and NAME_PATTERN.fullmatch(split_reference(value)[0]):
+        yield value
+
+
+def missing_adapter(name: str) -> NotFoundError:
+    """What is answered where there is no adapter, or none that the caller may know."""
     shown = name[:128].encode("ascii", "backslashreplace").decode()
     return NotFoundError(f"there is no adapter {shown!r}", code="adapter_not_found", param="adapter")

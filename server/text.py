@@ -172,6 +172,7 @@ class TextStream:
     def __init__(self, backend: Tokenizer, prompt_ids: Sequence[int], stop: StopRule) -> None:
         self._backend = backend
         self._stop = stop.strings
+        self.stopped_by: str | None = None  # the stop string that ended it
         self._is_kept = stop.is_kept
         self._num_unchecked = stop.min_tokens
         self._num_tail = max((len(s) for s in self._stop), default=1) - 1
@@ -206,9 +207,9 @@ class TextStream:
         if not text or not self._stop:
             return text, False
         window = self._tail + text
-        found = [(at + len(s), at) for s in self._stop if (at := window.find(s)) >= 0]
+        found = [(at + len(s), at, s) for s in self._stop if (at := window.find(s)) >= 0]
         if found:
-            end, begin = min(found)
+            end, begin, self.stopped_by = min(found)
             return (window[len(self._tail) : end] if self._is_kept else window[:begin]), True
         if self._is_kept:
             self._tail = window[-self._num_tail :] if self._num_tail else ""

@@ -7,16 +7,18 @@ store may throw away bytes that no history points to. Fields that nobody here kn
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from typing import Any
 
+from server.adapters.quota import NO_QUOTA, StorageQuota, StoredUsage
 from server.errors import InvalidRequestError
 
 __all__ = [
     "AT_ONCE",
     "NAME_PATTERN",
+    "TENANT_MARK",
     "AdapterRecord",
     "History",
     "Publication",
@@ -24,10 +26,12 @@ __all__ = [
     "check_name",
     "decode_history",
     "encode_history",
+    "owner_of",
     "split_reference",
+    "within_quota",
 ]
 
-# Before the mark, a tenant: see server.tenancy.
+TENANT_MARK = "~"  # before it stands a tenant: see server.tenancy
 NAME_PATTERN = re.compile(r"([a-z0-9][a-z0-9-]{0,31}~)?[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 LABEL_PATTERN = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?")
 DIGEST_PATTERN = re.compile(r"[0-9a-f]{64}")
@@ -76,6 +80,7 @@ class Publication:
         promote: make it the current generation; without, it is there as `name@generation`.
         labels, note: replace those of the generation, if given.
         source: where it comes from.
+        quota: what may be kept for whom it is published, this included.
     """
 
     expected_generation: int | None = None
@@ -83,6 +88,7 @@ class Publication:
     labels: Mapping[str, str] | None = None
     note: str | None = None
     source: Mapping[str, Any] = field(default_factory=dict)
+    quota: StorageQuota = NO_QUOTA
 
 
 AT_ONCE = Publication()
@@ -159,6 +165,27 @@ def check_labels(labels: Mapping[str, str], note: str) -> None:
         raise InvalidRequestError(
             f"a note has {MAX_NOTE_CHARACTERS} characters at most", code="label_invalid", param="note"
         )
+
+
+def owner_of(name: str) -> str:
+    """The tenant whose adapter this is; "" for the public ones."""
+    return name.partition(TENANT_MARK)[0] if TENANT_MARK in name else ""
+
+
+def within_quota(quota: StorageQuota, kept: Iterable[History], old: History, new: History) -> History:
+    """`new`, if all that is kept for its owner stays within the quota when it replaces `old`.
+
+    Raises:
+        QuotaExceededError: it would not.
+    """
+    if not quota.is_none:
+        others = [one for one in kept if one.name != new.name and owner_of(one.name) == owner_of(new.name)]
+        before, after = (
+            StoredUsage.of((g.name, g.digest, g.num_bytes) for one in [*others, changed] for g in one.generations)
+            for changed in (old, new)
+        )
+        quota.check(before, after)
+    return new
 
 
 def split_reference(reference: str) -> tuple[str, int | None]:

@@ -37,6 +37,7 @@ from server.adapters.record import (
     decode_history,
     encode_history,
     split_reference,
+    within_quota,
 )
 from server.adapters.store_folder import StoreFolder
 from server.durable import rename, storage_errors, sync_file, sync_folder, write_file
@@ -123,6 +124,7 @@ class AdapterStore:
         Raises:
             InvalidRequestError: the name, the labels or the note cannot be used.
             ConflictError: another generation is current than expected.
+            QuotaExceededError: more would be kept for its owner than the quota allows.
             StorageFullError, UnavailableError: it cannot be written. The name means what it meant; after a crash, it
                 may mean this.
         """
@@ -145,7 +147,8 @@ class AdapterStore:
             new = old.with_record(record)
             if publication.promote:
                 new = replace(new, current=record.generation)
-            return new.pruned(self._max_generations)
+            new = new.pruned(self._max_generations)
+            return within_quota(publication.quota, self.histories(), old, new)
 
         with self._objects.using(digest):
             place = partial(self._objects.place, folder, digest)

@@ -22,6 +22,7 @@ __all__ = ["Authentication"]
 
 logger = logging.getLogger(__name__)
 
+SECRET_HEADERS = frozenset({b"authorization", b"x-api-key"})
 MAX_AUTHORIZATION_BYTES = 1024
 
 
@@ -115,9 +116,12 @@ class Authentication:
 
 
 def _bearer(scope: Scope) -> bytes:
-    """The secret of the Authorization header, as bytes; b"" if there is none, or more than one."""
-    values = [value for name, value in scope["headers"] if name == b"authorization"]
-    if len(values) != 1 or len(values[0]) > MAX_AUTHORIZATION_BYTES:
+    """The secret of the Authorization header, or of Anthropic's X-Api-Key; b"" if there is none, or more than one."""
+    given = [(name, value) for name, value in scope["headers"] if name in SECRET_HEADERS]
+    if len(given) != 1 or len(given[0][1]) > MAX_AUTHORIZATION_BYTES:
         return b""
-    scheme, _, secret = values[0].strip().partition(b" ")
+    ((name, value),) = given
+    if name == b"x-api-key":
+        return value.strip()
+    scheme, _, secret = value.strip().partition(b" ")
     return secret.strip() if scheme.lower() == b"bearer" else b""

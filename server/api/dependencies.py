@@ -14,10 +14,10 @@ from server.auth.key_file import KeyFile
 from server.auth.limits import Limiter
 from server.errors import InvalidRequestError
 from server.generation import GenerationService
-from server.jobs.queue import JobQueue
 from server.metrics import Metrics
 from server.schemas.system import Info
 from server.tenancy import CallerAdapters, Note
+from server.tenant_jobs import CallerJobs
 
 __all__ = [
     "Adapters",
@@ -66,13 +66,8 @@ async def _imports(request: Request) -> ImportRoot:
     return request.app.state.imports
 
 
-async def _jobs(request: Request) -> JobQueue:
-    return request.app.state.jobs
-
-
 AllAdapters = Annotated[AdapterService, Depends(_all_adapters)]
 Imports = Annotated[ImportRoot, Depends(_imports)]
-Jobs = Annotated[JobQueue, Depends(_jobs)]
 Noted = Annotated[Note, Depends(_note)]
 Keys = Annotated[KeyFile, Depends(_keys)]
 ServedMetrics = Annotated[Metrics, Depends(_metrics)]
@@ -84,6 +79,13 @@ async def _adapters(request: Request, note: Noted) -> CallerAdapters:
 
 
 Adapters = Annotated[CallerAdapters, Depends(_adapters)]
+
+
+async def _jobs(request: Request, adapters: Adapters, note: Noted) -> CallerJobs:
+    return CallerJobs(request.app.state.jobs, adapters, request.state.caller, note)
+
+
+Jobs = Annotated[CallerJobs, Depends(_jobs)]
 
 
 async def _generations(request: Request, adapters: Adapters) -> GenerationService:

@@ -1,8 +1,8 @@
 """How an error looks on the wire: the one place where a kind of error gets a status.
 
-Three families of routes, told by their path: TGI's and LoRAX's (`/generate` and its like), OpenAI's (`/v1/…`) and our
-own (`/admin/…`), which share OpenAI's shape. Every body has a stable `code` and TGI's `error_type` word, which several
-clients pick their exception by.
+Families of routes, told by their path: TGI's and LoRAX's (`/generate` and its like), OpenAI's (`/v1/…`) and our own
+(`/admin/…`), which share OpenAI's shape, and Anthropic's (`/v1/messages`). Every body has a stable `code`; all but
+Anthropic's have TGI's `error_type` word, which several clients pick their exception by.
 """
 
 import json
@@ -29,6 +29,7 @@ class Family(Enum):
     TGI = "tgi"
     OPENAI = "openai"
     ADMIN = "admin"
+    ANTHROPIC = "anthropic"
 
 
 class _Shape(NamedTuple):
@@ -39,6 +40,10 @@ class _Shape(NamedTuple):
     admin: int
     tgi_type: str
     openai_type: str
+
+    @property
+    def anthropic(self) -> int:
+        return self.openai
 
 
 SHAPES: dict[str, _Shape] = {
@@ -54,13 +59,27 @@ SHAPES: dict[str, _Shape] = {
     "overloaded": _Shape(429, 429, 429, "overloaded", "rate_limit_error"),
     "unavailable": _Shape(503, 503, 503, "unavailable", "server_error"),
     "storage_full": _Shape(507, 507, 507, "unavailable", "server_error"),
+    "quota": _Shape(507, 507, 507, "unavailable", "insufficient_quota"),
     "generation": _Shape(424, 500, 500, "generation", "server_error"),
     "internal": _Shape(500, 500, 500, "incomplete_generation", "server_error"),
 }
 
 
+ENCODE = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
 def family_of(path: str) -> Family:
     """Which family a path belongs to."""
+    if path == "/v1/messages":
+        return Family.ANTHROPIC
     if path.startswith("/v1/") or path == "/v1":
         return Family.OPENAI
     return Family.ADMIN if path.startswith("/admin") else Family.TGI
@@ -76,6 +95,11 @@ def error_body(error: ServerError, family: Family) -> dict[str, Any]:
             "code": error.code,
             "param": error.param,
         } | error.details
+    if family is Family.ANTHROPIC:
+        other = "api_error" if shape.openai >= 500 else "invalid_request_error"
+        kind = ANTHROPIC_TYPES.get(shape.openai, other)
+        said = {"type": kind, "message": error.message, "code": error.code, "param": error.param}
+        return {"type": "error", "error": said | error.details}
     inner = {"message": error.message, "type": shape.openai_type, "param": error.param, "code": error.code}
     return {"error": inner | error.details, "error_type": shape.tgi_type}
 
@@ -91,7 +115,7 @@ def error_response(error: ServerError, family: Family) -> Response:
 
 def dump(body: Any) -> str:
     """JSON on one line, all ASCII: clients that split streams at any line separator stay whole."""
-    return json.dumps(body, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return ENCODE(body)
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -9,8 +9,8 @@ from fastapi.responses import Response
 
 from server.api.dependencies import Jobs
 from server.api.sse import EventStream, event
-from server.jobs.queue import JobQueue
 from server.schemas.jobs import JobInfo, JobList, JobRequest
+from server.tenant_jobs import CallerJobs
 
 __all__ = ["router"]
 
@@ -28,7 +28,7 @@ async def submit(body: Annotated[JobRequest, Body()], jobs: Jobs) -> JobInfo:
 
 @router.get("")
 async def list_jobs(jobs: Jobs) -> JobList:
-    """All jobs, newest first."""
+    """All jobs that the caller may know, newest first."""
     return JobList(jobs=[JobInfo.of(view) for view in jobs.views()])
 
 
@@ -57,7 +57,7 @@ async def events(job_id: str, jobs: Jobs) -> Response:
     return EventStream(_events(jobs, job_id), {}, on_close=lambda: None)
 
 
-async def _events(jobs: JobQueue, job_id: str) -> AsyncIterator[str]:
+async def _events(jobs: CallerJobs, job_id: str) -> AsyncIterator[str]:
     last = None
     while True:
         view = jobs.get(job_id)

@@ -121,12 +121,27 @@ class OpenAICall(ABC):
         """The whole answer."""
         return self._head | {"object": self.plain_object, "choices": self.choices(), "usage": self.usage()}
 
+    async def events(self) -> AsyncIterator[str]:
+        """The answer as a stream, once the call is started."""
+        try:
+            with self.services.metrics.observe(self.group):
+                async for generation, token in self.group:
+                    for choice in self.take(generation, token):
+                        yield event(self.chunk([choice]))
+        except ServerError as error:
+            yield event(error_body(error, Family.OPENAI))
+            yield DONE
+            return
+        if self.body.wants_usage:
+            yield event(self.chunk([], is_last=True))
+        yield DONE
+
 
 async def respond(request: Request, call: OpenAICall) -> Response:
     """Answer a call, as a stream if its body asks for one. Errors that are known by then are real HTTP errors."""
     if call.body.stream:
         await call.start()
-        return EventStream(_stream(call), _headers(call), on_close=call.group.cancel)
+        return EventStream(call.events(), _headers(call), on_close=call.group.cancel)
     try:
         await or_disconnect(request, _collect(call))
     except ClientGoneError:
@@ -155,21 +170,6 @@ async def _collect(call: OpenAICall) -> None:
                     pass
     finally:
         call.group.cancel()
-
-
-async def _stream(call: OpenAICall) -> AsyncIterator[str]:
-    try:
-        with call.services.metrics.observe(call.group):
-            async for generation, token in call.group:
-                for choice in call.take(generation, token):
-                    yield event(call.chunk([choice]))
-    except ServerError as error:
-        yield event(error_body(error, Family.OPENAI))
-        yield DONE
-        return
-    if call.body.wants_usage:
-        yield event(call.chunk([], is_last=True))
-    yield DONE
 
 
 def _too_long(error: ContextLengthError) -> str:

@@ -5,12 +5,13 @@ from typing import Any
 from fastapi import FastAPI
 
 from server.api.envelopes import Family, family_of
-from server.schemas.answers import OpenAIError, TgiError, error_schemas
+from server.schemas.answers import AnthropicError, OpenAIError, TgiError, error_schemas
 
 __all__ = ["STREAM", "install_openapi"]
 
 # Beside a JSON answer: what `"stream": true` gives, one `data: {…}` and a blank line per event.
 STREAM: dict[str, Any] = {"text/event-stream": {}}
+MODELS = {Family.TGI: TgiError, Family.ANTHROPIC: AnthropicError}
 UNUSED_SCHEMAS = ("HTTPValidationError", "ValidationError")
 
 
@@ -32,7 +33,7 @@ def _with_errors(document: dict[str, Any]) -> dict[str, Any]:
         schemas.pop(name, None)
     schemas.update(error_schemas())
     for path, operations in document["paths"].items():
-        model = TgiError if family_of(path) is Family.TGI else OpenAIError
+        model = MODELS.get(family_of(path), OpenAIError)
         schema = {"$ref": f"#/components/schemas/{model.__name__}"}
         for operation in operations.values():
             responses = operation["responses"]

@@ -1,6 +1,6 @@
 """Server-sent events, written by hand: one `data:` line and a blank line per event, in one write each.
 
-No comments, pings or other fields: several clients glue a stray line to the next event.
+No comments, pings or, but for Anthropic's clients, other fields: several clients glue a stray line to the next event.
 """
 
 from collections.abc import AsyncIterator, Callable
@@ -16,9 +16,10 @@ __all__ = ["EventStream", "event"]
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-def event(body: Any) -> str:
-    """One event with this JSON body."""
-    return f"data: {dump(body)}\n\n"
+def event(body: Any, *, name: str = "") -> str:
+    """One event with this JSON body; named only for clients that look at its name."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {dump(body)}\n\n"
 
 
 class EventStream(StreamingResponse):

@@ -51,6 +51,9 @@ RULES = (
     _rule(WRITE, r"/admin/adapters/[^/]+/(pin|unpin|evict)", ADMIN, is_audited=True),
     _rule(READ, r"/admin/adapters(/.+)?", frozenset({Scope.ADAPTERS_READ, Scope.ADAPTERS_WRITE})),
     _rule(WRITE, r"/admin/adapters(/.+)?", frozenset({Scope.ADAPTERS_WRITE}), is_audited=True),
+    # Which kinds a tenant may begin, `server.tenant_jobs` knows.
+    _rule(READ, r"/admin/jobs(/.+)?", frozenset({Scope.ADAPTERS_READ, Scope.ADAPTERS_WRITE})),
+    _rule(WRITE, r"/admin/jobs(/.+)?", frozenset({Scope.ADAPTERS_WRITE}), is_audited=True),
     _rule(READ, r"/admin/.+", ADMIN),
     _rule(WRITE, r"/admin/.+", ADMIN, is_audited=True),
     # They name folders of the server's disk.

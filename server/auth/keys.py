@@ -37,6 +37,8 @@ class KeyLimits(BaseModel):
         tokens_per_minute: of prompts and outputs together. The request that crosses the limit is still answered; the
             next ones wait until it is paid off.
         max_concurrent: requests at once.
+        max_adapters, max_adapter_bytes: with all that its tenant keeps already, all generations included, this key may
+            not bring it beyond these.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +47,8 @@ class KeyLimits(BaseModel):
     requests_per_minute: int | None = Field(None, ge=1, le=10**9)
     tokens_per_minute: int | None = Field(None, ge=1, le=10**12)
     max_concurrent: int | None = Field(None, ge=1, le=10**6)
+    max_adapters: int | None = Field(None, ge=0, le=10**9)
+    max_adapter_bytes: int | None = Field(None, ge=0, le=10**15)
 
 
 class KeyRecord(BaseModel):

@@ -1,4 +1,4 @@
-"""`loramux jobs`, and the jobs that have commands of their own: `mix`, `merge`, `convert`."""
+"""`loramux jobs`, and the jobs that have commands of their own: `mix`, `merge`, `convert`, `loftq`."""
 
 from typing import Annotated, Any
 
@@ -8,7 +8,7 @@ from loramux_client import Job
 from server.cli.connection import ApiKey, AsJson, ServerUrl, connected, parse_adapters
 from server.cli.console import report, show_json, show_table
 
-__all__ = ["app", "convert", "merge", "mix"]
+__all__ = ["app", "convert", "loftq", "merge", "mix"]
 
 app = typer.Typer(help="Long work on adapters: look at it, wait for it, end it, try it again.", no_args_is_help=True)
 
@@ -31,11 +31,9 @@ def mix(
     as_json: AsJson = False,
 ) -> None:
     """Combine adapters into a new one. (A request can also name a mix itself, without any job.)"""
-    weights = parse_adapters(adapter)
-    entries = {weights: 1.0} if isinstance(weights, str) else weights or {}
     options = {
         "name": name,
-        "adapters": [{"name": one, "weight": weight} for one, weight in entries.items()],
+        "adapters": _sources(adapter),
         "combination_type": combination_type,
         "svd_rank": rank,
         "density": density,
@@ -45,7 +43,7 @@ def mix(
 
 
 def merge(
-    adapter: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Each with weight 1.")],
+    adapter: Annotated[list[str], typer.Argument(metavar="ADAPTER[=WEIGHT]...")],
     safe_merge: Annotated[bool, typer.Option(help="Look for values that are not finite.")] = True,
     wait: Wait = True,
     url: ServerUrl = None,
@@ -53,7 +51,7 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Merge adapters into the base: a model folder of its own, on the server."""
-    _run("merge", {"adapters": adapter, "safe_merge": safe_merge}, wait, url, api_key, as_json)
+    _run("merge", {"adapters": _sources(adapter), "safe_merge": safe_merge}, wait, url, api_key, as_json)
 
 
 def convert(
@@ -70,6 +68,38 @@ def convert(
 ) -> None:
     """Turn an adapter into plain LoRA."""
     _run("convert", {"adapter": adapter, "name": name, "rank": rank, "note": note}, wait, url, api_key, as_json)
+
+
+def loftq(
+    name: NewName,
+    adapter: Annotated[str | None, typer.Option("--adapter", "-a", help="Whose start this is; else a new one.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Of a new one.")] = None,
+    target_module: Annotated[
+        list[str] | None, typer.Option("--target-module", help="Of a new one; all linear layers. Repeatable.")
+    ] = None,
+    quantization: Annotated[
+        str | None, typer.Option("--quantization", help="nf4, fp4 or int8; as the base is served by default.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="A text of the kind that is asked. Repeatable.")
+    ] = None,
+    judge: Annotated[bool, typer.Option(help="Keep only the modules that help on these texts.")] = True,
+    compensation: Annotated[
+        bool, typer.Option("--compensation", help="Not a start for training, but an adapter to mix into requests.")
+    ] = False,
+    note: Note = None,
+    wait: Wait = True,
+    url: ServerUrl = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make an adapter of what quantizing the base took from it."""
+    if compensation and (adapter or target_module or not judge):
+        raise typer.BadParameter("--compensation goes with --rank, --quantization and --prompt only")
+    options = {"name": name, "rank": rank, "quantization": quantization, "prompts": prompt, "note": note}
+    if not compensation:
+        options |= {"adapter": adapter, "target_modules": target_module, "judge": judge}
+    _run("loftq-compensation" if compensation else "loftq", options, wait, url, api_key, as_json)
 
 
 @app.command("ls")
@@ -127,6 +157,13 @@ def verify(
 ) -> None:
     """Check stored adapters again: digests, files, values, and whether they fit."""
     _run("verify", {"adapters": adapter or []}, wait, url, api_key, as_json)
+
+
+def _sources(adapters: list[str]) -> list[dict[str, Any]]:
+    """A job's adapters with their weights."""
+    weights = parse_adapters(adapters)
+    entries = {weights: 1.0} if isinstance(weights, str) else weights or {}
+    return [{"name": name, "weight": weight} for name, weight in entries.items()]
 
 
 def _run(kind: str, options: dict[str, Any], wait: bool, url: str | None, api_key: str | None, as_json: bool) -> None:

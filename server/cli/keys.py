@@ -14,6 +14,7 @@ from server.auth.keys import KeyLimits as StoredLimits
 from server.auth.keys import KeyRecord, Scope, new_key
 from server.cli.connection import ApiKey, AsJson, ServerUrl, connected
 from server.cli.console import console, report, show_json, show_table
+from server.cli.options import parse_bytes
 from server.errors import ServerError
 
 __all__ = ["app"]
@@ -39,6 +40,10 @@ def create(
     requests_per_minute: Annotated[int | None, typer.Option(min=1)] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(min=1)] = None,
     max_concurrent: Annotated[int | None, typer.Option(min=1)] = None,
+    max_adapters: Annotated[int | None, typer.Option(min=0, help="That its tenant may have.")] = None,
+    max_adapter_bytes: Annotated[
+        int | None, typer.Option(parser=parse_bytes, metavar="SIZE", help="Of all of these, all generations.")
+    ] = None,
     expires: Annotated[datetime | None, typer.Option(help="In local time.")] = None,
     file: File = None,
     url: ServerUrl = None,
@@ -51,6 +56,8 @@ def create(
         "requests_per_minute": requests_per_minute,
         "tokens_per_minute": tokens_per_minute,
         "max_concurrent": max_concurrent,
+        "max_adapters": max_adapters,
+        "max_adapter_bytes": max_adapter_bytes,
     }
     expires_at = None if expires is None else expires.astimezone()
     if file is None:

@@ -10,7 +10,7 @@ from server.cli.bench import bench
 from server.cli.chat import chat
 from server.cli.doctor import doctor
 from server.cli.generate import generate
-from server.cli.jobs import convert, merge, mix
+from server.cli.jobs import convert, loftq, merge, mix
 from server.cli.quantize import quantize
 from server.cli.serve import serve
 
@@ -37,7 +37,7 @@ def root(
         typer.echo(ctx.get_help())
 
 
-for command in (serve, quantize, generate, chat, mix, merge, convert, bench, doctor):
+for command in (serve, quantize, generate, chat, mix, merge, convert, loftq, bench, doctor):
     app.command()(command)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(jobs.app, name="jobs")

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from server.cli.console import console, report
+from server.cli.connection import AsJson
+from server.cli.console import console, report, show_json
 from server.errors import ServerError
 
 __all__ = ["quantize"]
@@ -24,6 +25,7 @@ def quantize(
         "bfloat16"
     ),
     device: Annotated[str, typer.Option("--device", help='"cpu", "cuda" ...')] = "cpu",
+    as_json: AsJson = False,
 ) -> None:
     """Save a quantized copy of a model, which `loramux serve --model FOLDER` starts from at once."""
     if kind not in ("nf4", "fp4", "int8"):
@@ -47,4 +49,7 @@ def quantize(
     except ServerError as error:
         console.print(f"[red]error[/red] {error.message} [dim]({error.code})")
         raise typer.Exit(1) from None
+    if as_json:
+        show_json({"folder": str(out), "num_bytes": num_bytes})
+        return
     console.print(f"{out}: {num_bytes / 1e6:.0f} MB of weights")

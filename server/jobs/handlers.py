@@ -8,6 +8,7 @@ from typing import Any
 
 from server.adapters.import_root import ImportRoot, check_s3_url
 from server.adapters.objects import CONFIG_NAME, WEIGHTS_NAME
+from server.adapters.quota import StorageQuota
 from server.adapters.record import Publication
 from server.adapters.service import AdapterService
 from server.adapters.store import AdapterRecord, AdapterStore
@@ -157,6 +158,7 @@ class AdapterJobs:
             labels=options.get("labels"),
             note=options.get("note"),
             source=source | {"result": dict(result)},
+            quota=StorageQuota(record.owner.get("max_adapters"), record.owner.get("max_bytes")),
         )
         converted = result.get("converted") or ""
         return self._adapters.import_folder(options["name"], folder, publication, converted=converted)

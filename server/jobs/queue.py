@@ -15,12 +15,16 @@ from server.jobs.process import JobCancelledError, WorkProcess
 from server.jobs.record import JobRecord, JobState
 from server.jobs.store import JobStore
 
-__all__ = ["JobHandler", "JobQueue", "JobView"]
+__all__ = ["JobHandler", "JobQueue", "JobView", "no_such_job"]
 
 logger = logging.getLogger(__name__)
 
 MAX_QUEUED = 64
+MAX_QUEUED_OF_TENANT = 16
 MAX_KEPT = 1000  # finished jobs; the oldest are forgotten
+
+
+ADMINISTRATOR: Mapping[str, Any] = {}
 
 
 class JobHandler(Protocol):
@@ -98,14 +102,14 @@ class JobQueue:
         if self._thread.is_alive():
             self._thread.join()
 
-    def submit(self, kind: str, options: Mapping[str, Any]) -> JobView:
-        """Queue a job, durably.
+    def submit(self, kind: str, options: Mapping[str, Any], owner: Mapping[str, Any] = ADMINISTRATOR) -> JobView:
+        """Queue a job, durably; `owner` as in its record.
 
         Raises:
             ServerError: it cannot be done, or the queue is full.
         """
         inputs = tuple(self._handler.resolve(kind, options))
-        record = JobRecord(uuid.uuid4().hex, kind, dict(options), inputs, created_at=_now())
+        record = JobRecord(uuid.uuid4().hex, kind, dict(options), inputs, created_at=_now(), owner=dict(owner))
         with self._writing:
             self._enqueue(record)
             self._forget_oldest()
@@ -129,6 +133,7 @@ class JobQueue:
                 record.inputs,
                 created_at=record.created_at,
                 attempt=record.attempt + 1,
+                owner=record.owner,
             )
             self._enqueue(record)
         return self._view(record)
@@ -164,11 +169,17 @@ class JobQueue:
             records = list(self._jobs.values())
         return [self._view(record) for record in sorted(records, key=lambda one: one.created_at, reverse=True)]
 
+    def peek(self, job_id: str) -> JobView | None:
+        """One job, if there is one."""
+        with self._lock:
+            record = self._jobs.get(job_id)
+        return None if record is None else self._view(record)
+
     def _find(self, job_id: str) -> JobRecord:
         with self._lock:
             record = self._jobs.get(job_id)
         if record is None:
-            raise NotFoundError("there is no such job", code="job_not_found", param="job_id")
+            raise no_such_job()
         return record
 
     def _view(self, record: JobRecord) -> JobView:
@@ -180,6 +191,10 @@ class JobQueue:
         with self._lock:
             if len(self._queue) >= MAX_QUEUED:
                 raise OverloadedError(f"{len(self._queue)} jobs are queued already", code="jobs_busy")
+            tenant = record.owner.get("tenant")
+            num_own = sum(self._jobs[job_id].owner.get("tenant") == tenant for job_id in self._queue)
+            if tenant is not None and num_own >= MAX_QUEUED_OF_TENANT:
+                raise OverloadedError(f"{num_own} of your jobs are queued already", code="jobs_busy")
         self._keep(record)
         with self._lock:
             self._queue.append(record.job_id)
@@ -249,6 +264,11 @@ class JobQueue:
             message = f"the job failed: {type(error).__name__}"
             return {"state": JobState.FAILED, "error": {"code": "job_failed", "message": message}}
         return {"state": JobState.SUCCEEDED, "result": result, "fraction": 1.0, "stage": "done"}
+
+
+def no_such_job() -> NotFoundError:
+    """What is answered where there is no job, or none that the caller may know."""
+    return NotFoundError("there is no such job", code="job_not_found", param="job_id")
 
 
 def _now() -> str:

@@ -42,6 +42,8 @@ class JobRecord:
         stage, fraction: how far it is; fraction is from 0 to 1.
         result: what came of it.
         error: code and message, if it failed.
+        owner: of a job that a tenant began: `tenant`, "" for the owner of the public adapters, and its quota
+            (`max_adapters`, `max_bytes`). Empty for an administrator's.
     """
 
     job_id: str
@@ -57,6 +59,7 @@ class JobRecord:
     fraction: float = 0.0
     result: Mapping[str, Any] = field(default_factory=dict)
     error: Mapping[str, str] = field(default_factory=dict)
+    owner: Mapping[str, Any] = field(default_factory=dict)
 
 
 def encode_job(record: JobRecord) -> bytes:
@@ -75,7 +78,8 @@ def decode_job(data: bytes) -> JobRecord:
         values = json.loads(data)
         if values.pop("checksum") != _checksum(values) or values["format"] != FORMAT:
             raise ValueError("the job's record is damaged or of another format")
-        known = {of.name: values[of.name] for of in fields(JobRecord)}
+        known = {of.name: values[of.name] for of in fields(JobRecord) if of.name != "owner"}
+        known["owner"] = values.get("owner", {})  # there were none in the first of these files
         record = JobRecord(**known | {"state": JobState(values["state"]), "inputs": tuple(values["inputs"])})
     except (AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError("the job's record is malformed") from error

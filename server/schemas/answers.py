@@ -6,9 +6,11 @@ from pydantic import BaseModel, Field
 from pydantic.json_schema import models_json_schema
 
 __all__ = [
+    "AnthropicError",
     "ChatAnswer",
     "CompletionAnswer",
     "GenerateAnswer",
+    "MessagesAnswer",
     "OpenAIError",
     "TgiError",
     "error_schemas",
@@ -212,9 +214,44 @@ class OpenAIError(BaseModel):
     error_type: Any
 
 
+class TextBlock(BaseModel):
+    """A part of an answer."""
+
+    type: Literal["text"]
+    text: str
+
+
+class MessagesUsage(BaseModel):
+    """Tokens of the prompt and of the answer."""
+
+    input_tokens: int
+    output_tokens: int
+
+
+class MessagesAnswer(BaseModel):
+    """The answer of `/v1/messages`."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[TextBlock]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence"]
+    stop_sequence: str | None
+    usage: MessagesUsage
+
+
+class AnthropicError(BaseModel):
+    """An error of Anthropic's route."""
+
+    type: Literal["error"]
+    error: OpenAIErrorDetails
+
+
 def error_schemas() -> dict[str, Any]:
-    """JSON schemas of the two errors and their parts by name, for an OpenAPI document."""
+    """JSON schemas of the errors and their parts by name, for an OpenAPI document."""
+    models = (TgiError, OpenAIError, AnthropicError)
     _, errors = models_json_schema(
-        [(TgiError, "validation"), (OpenAIError, "validation")], ref_template="#/components/schemas/{model}"
+        [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
     )
     return errors["$defs"]

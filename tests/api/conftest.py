@@ -45,7 +45,8 @@ class Live:
         while time.monotonic() < deadline:
             stats = self.server.engine.stats
             is_idle = not stats.num_running and not stats.num_waiting and stats.num_free_blocks == stats.num_blocks
-            if is_idle and not self._num_leases():  # a request may still be on its way into the engine
+            # A request may still be on its way into the engine.
+            if is_idle and not self._num_leases() and not self.server.engine._num_open:
                 break
             time.sleep(0.01)
         self.server.engine.check_integrity()

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -56,6 +57,38 @@ def test_a_client_that_goes_frees_everything(live: Live, path: str, streams: boo
     live.assert_idle()
     num_sequences = CALLS[path].get("n", 1)
     assert live.server.engine.stats.num_generated_tokens - generated < 4 * num_sequences * 400 * 0.8
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_client_that_went_first_is_accounted_for(
+    live: Live, client: httpx.Client, streams: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def count(status: int) -> float:
+        line = f'loramux_http_requests_total{{method="POST",route="/v1/completions",status="{status}"}} '
+        found = [text for text in client.get("/metrics").text.splitlines() if text.startswith(line)]
+        return float(found[0].removeprefix(line)) if found else 0.0
+
+    async def leave() -> None:
+        async with httpx.AsyncClient(base_url=live.url, timeout=120) as leaving:
+            body = CALLS["/v1/completions"] | {"stream": streams}
+            call = asyncio.create_task(leaving.post("/v1/completions", json=body, headers={"X-Request-Id": "gone"}))
+            await asyncio.sleep(0.1)
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+
+    before = count(499), count(200)
+    caplog.set_level("INFO", "server.api.access_log")
+    asyncio.run(leave())
+    live.assert_idle()
+    deadline = time.monotonic() + 10
+    while count(499) == before[0]:
+        assert time.monotonic() < deadline
+    assert (count(499) - before[0], count(200) - before[1]) == (1, 0)
+    (line,) = (record.getMessage() for record in caplog.records if "/v1/completions" in record.getMessage())
+    assert "POST /v1/completions 499" in line
+    assert "request gone" in line
+    assert client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 2}).status_code == 200
+    assert (count(499) - before[0], count(200) - before[1]) == (1, 1)
 
 
 @pytest.mark.parametrize("path", CALLS)

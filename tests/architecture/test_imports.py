@@ -44,6 +44,7 @@ EXTERNAL: dict[str, set[str]] = {
     "server.settings": {"pydantic"},
     "server.structured": {"llguidance", "numpy"},
     "server.tenancy": set(),
+    "server.tenant_jobs": set(),
     "server.text": {"jinja2", "llguidance", "tokenizers", "transformers"},
 }
 # ... and parts of the project that they may not know.

@@ -13,6 +13,7 @@ from server.app import Server
 from server.auth.key_file import KeyFile
 from server.auth.keys import Scope, new_key
 from tests.api.conftest import tiny
+from tests.jobs.conftest import InlineProcess
 from tests.live_server import running_server, tiny_settings
 
 __all__ = ["tiny"]
@@ -69,6 +70,7 @@ def guarded(tiny: tuple[Path, Any, dict[str, Path]], tmp_path_factory: pytest.Te
     settings = tiny_settings(model, home / "store", keys=keys.path, max_upload_bytes=1 << 20)
     with running_server(settings) as (url, server):
         assert server.keys is not None
+        server.jobs._make_process = InlineProcess  # each job's own Python would take seconds to start
         guarded = Guarded(url, server, server.keys, home / "audit.jsonl", folders, secrets)
         for key, name, folder in (
             ("a", "own", "rank4"),

@@ -155,5 +155,12 @@ def test_jobs_from_the_command_line(live: Live, run: Run) -> None:
     run("jobs", "cancel", job_id, status=1)
     run("jobs", "show", "nothing", status=3)
     run("mix", "worse", "-a", "nobody", status=3)
-    for name in ("mixed", "converted"):
+    whole = json.loads(run("merge", "rank4=0.5", "rank8", "--json").stdout)
+    assert (whole["state"], [one["weight"] for one in whole["options"]["adapters"]]) == ("succeeded", [0.5, 1.0])
+    for flags, kind in (("--no-judge", "loftq"), ("--compensation", "loftq-compensation")):
+        made = run("loftq", kind, "--rank", 2, "--quantization", "int8", flags, "--json")
+        assert (json.loads(made.stdout)["kind"], json.loads(made.stdout)["state"]) == (kind, "succeeded")
+        assert json.loads(run("adapters", "show", kind, "--json").stdout)["details"]["rank"] == 2
+    run("loftq", "wrong", "--compensation", "--adapter", "rank4", status=2)
+    for name in ("mixed", "converted", "loftq", "loftq-compensation"):
         run("adapters", "rm", name, "-y")

@@ -1,5 +1,6 @@
 """`loramux quantize`."""
 
+import json
 import random
 from pathlib import Path
 
@@ -33,3 +34,8 @@ def test_quantize_saves_a_copy_that_loads(tmp_path: Path) -> None:
     assert "conflict" in again.output
     for flag, value in (("--quantization", "int3"), ("--dtype", "int8")):
         assert CliRunner().invoke(app, [*command[:3], flag, value]).exit_code == 2
+    command[2] = str(tmp_path / "other")
+    told = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert told["folder"] == command[2]
+    files = [path.stat().st_size for path in Path(command[2]).glob("*.safetensors")]
+    assert 0 < told["num_bytes"] <= sum(files) * 2

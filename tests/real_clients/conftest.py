@@ -1,5 +1,6 @@
 """The live server of the API tests, for clients that are used as their users use them."""
 
 from tests.api.conftest import live, tiny
+from tests.auth.conftest import guarded
 
-__all__ = ["live", "tiny"]
+__all__ = ["guarded", "live", "tiny"]

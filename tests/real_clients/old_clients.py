@@ -1,6 +1,8 @@
 """Run by the interpreter of an environment of its own, which has lorax-client and text-generation.
 
-    python old_clients.py URL EXPECTED.json
+    python old_clients.py URL EXPECTED.json GUARDED_URL KEY
+
+The second server asks for keys; this one has an adapter `own`, and another tenant `secret`.
 
 Everything that it asserts is about what the clients make of the answers.
 """
@@ -8,6 +10,7 @@ Everything that it asserts is about what the clients make of the answers.
 import asyncio
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import lorax
@@ -75,11 +78,26 @@ def check_text_generation(url: str, expected: dict[str, list]) -> None:
     raises(text_generation.errors.NotFoundError, lambda: missing.generate(PROMPT))
 
 
-def raises(kind: type, call) -> None:
+def check_keys(url: str, key: str) -> None:
+    for package, refusal in ((lorax, lorax.errors), (text_generation, text_generation.errors)):
+
+        def client(secret: str, adapter: str, package=package):
+            headers = {"Authorization": f"Bearer {secret}", "X-Adapter-Id": adapter}
+            return package.Client(url, headers=headers, timeout=60)
+
+        assert client(key, "own").generate(PROMPT, max_new_tokens=2).generated_text is not None
+        others, wrong = client(key, "secret"), client("lmx_wrong", "own")
+        raises(refusal.NotFoundError, partial(others.generate, PROMPT, max_new_tokens=2))
+        for call in (wrong.generate, lambda *a, wrong=wrong, **k: list(wrong.generate_stream(*a, **k))):
+            error = raises(refusal.UnknownError, partial(call, PROMPT, max_new_tokens=2))  # no class for it
+            assert "API key" in str(error), error
+
+
+def raises(kind: type, call) -> Exception:
     try:
         call()
-    except kind:
-        return
+    except kind as error:
+        return error
     raise AssertionError(f"no {kind.__name__}")
 
 
@@ -87,4 +105,5 @@ if __name__ == "__main__":
     wanted = json.loads(Path(sys.argv[2]).read_text())
     check_lorax(sys.argv[1], wanted)
     check_text_generation(sys.argv[1], wanted)
+    check_keys(sys.argv[3], sys.argv[4])
     print("fine")

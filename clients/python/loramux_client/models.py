@@ -125,12 +125,18 @@ class ChatDelta(Model):
 
 
 class KeyLimits(Model):
-    """How much a key may ask for; None for no limit."""
+    """How much a key may ask for; None for no limit.
+
+    Attributes:
+        max_adapters, max_adapter_bytes: of all that its tenant keeps.
+    """
 
     weight: float | None = None
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     max_concurrent: int | None = None
+    max_adapters: int | None = None
+    max_adapter_bytes: int | None = None
 
 
 class Key(Model):
