@@ -18,7 +18,15 @@ from lora_core.model import LoraModel
 from lora_core.ops import apply_lora
 from lora_core.quant import prepare_model_for_kbit_training
 from lora_core.routing import Key, Route, Router, Run
-from lora_core.serving import ModelSlots, Part, attach_slots, fold_adapter, wrap_linears
+from lora_core.serving import (
+    DeviceModelSlots,
+    ModelSlots,
+    Part,
+    attach_slots,
+    flatten_parts,
+    fold_adapter,
+    wrap_linears,
+)
 from lora_core.slots import LayerSlots, SlotBank
 from lora_core.state import get_peft_model_state_dict, set_peft_model_state_dict
 from lora_core.targets import resolve_targets
@@ -29,6 +37,7 @@ __all__ = [
     "AdapterWeights",
     "CheckpointError",
     "ConfigError",
+    "DeviceModelSlots",
     "Key",
     "LayerSlots",
     "LoftQConfig",
@@ -48,6 +57,7 @@ __all__ = [
     "apply_lora",
     "attach_slots",
     "convert_to_lora",
+    "flatten_parts",
     "fold_adapter",
     "get_peft_model",
     "get_peft_model_state_dict",

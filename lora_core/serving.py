@@ -6,6 +6,7 @@ adapter needs them. Both may happen beside a forward pass: no route uses the slo
 """
 
 import copy
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,24 +16,29 @@ from torch import Tensor, nn
 
 from lora_core.adapter_module import AdapterModule, base_of
 from lora_core.checkpoint import ROWS_SUFFIX, check_base_weight, check_shape
+from lora_core.device_slots import AdapterTable, DeviceSlots, flatten, to_device
 from lora_core.errors import TargetError, UnsupportedError
 from lora_core.inject import layer_kind, lora_layer, parameter_layer, token_layer, whole_module
 from lora_core.layer import LoraLayer, LoraLinear, is_linear, linear_weight
 from lora_core.maths import Folded, fold
+from lora_core.ops.kernels import KernelGroup
 from lora_core.parameter import LoraParameter
-from lora_core.routing import Router
+from lora_core.routing import Key, Router
 from lora_core.shared import PackedLinear
-from lora_core.slots import LayerSlots, SlotBank
+from lora_core.slots import LayerSlots, SlotBank, SlotsOfLayer
 from lora_core.targets import Parts, Target, output_embedding_name, resolve
+from lora_core.transfer import Copies, copies_for
 from lora_core.weights import AdapterWeights, LoraTensors
 
 __all__ = [
+    "DeviceModelSlots",
     "ExpertFactors",
     "ModelSlots",
     "ModuleCopy",
     "Part",
     "TokenRows",
     "attach_slots",
+    "flatten_parts",
     "fold_adapter",
     "wrap_linears",
 ]
@@ -89,14 +95,23 @@ def wrap_linears(model: nn.Module, router: Router, names: Iterable[str] | None =
 
 
 def attach_slots(
-    layers: Mapping[str, LoraLinear], max_slots: int, *, dtype: torch.dtype, model: nn.Module | None = None
+    layers: Mapping[str, LoraLinear],
+    max_slots: int,
+    *,
+    dtype: torch.dtype,
+    model: nn.Module | None = None,
+    use_kernels: bool | None = None,
 ) -> "ModelSlots":
     """Give every layer slots for `max_slots` adapters, held in `dtype`; memory is taken as adapters come.
 
     Args:
         model: where the layers are; needed for adapters that have more than these layers.
+        use_kernels: apply adapters with Triton kernels; by default where the layers are on CUDA.
     """
-    return ModelSlots(layers, max_slots, dtype=dtype, model=model)
+    if use_kernels is None:
+        use_kernels = all(layer.device.type == "cuda" for layer in layers.values())
+    kind = DeviceModelSlots if use_kernels else ModelSlots
+    return kind(layers, max_slots, dtype=dtype, model=model)
 
 
 class ModelSlots(SlotBank):
@@ -114,9 +129,10 @@ class ModelSlots(SlotBank):
         self._model = nn.Module() if model is None else model
         self._router = next(iter(layers.values())).router
         self._dtype = dtype
+        self._max_slots = max_slots
         self._head = output_embedding_name(self._model)
         self._placed: dict[int, list[tuple[Any, Part]]] = {}
-        super().__init__({name: _layer_slots(layer, max_slots, dtype) for name, layer in layers.items()}, max_slots)
+        super().__init__({name: self._make_slots(layer) for name, layer in layers.items()}, max_slots)
 
     @property
     def num_bytes(self) -> int:
@@ -132,7 +148,7 @@ class ModelSlots(SlotBank):
         folded = {name: part for name, part in modules.items() if isinstance(part, Folded)}
         for name in folded.keys() - self.layers.keys():
             layer = lora_layer(self._model, self._router, name, is_head=name == self._head)
-            self.add_layer(name, _layer_slots(layer, self.max_slots, self._dtype))
+            self.add_layer(name, self._make_slots(layer))
         super().load(slot, folded)
         self._placed[slot] = [
             (self._place(name, part, slot), part) for name, part in modules.items() if not isinstance(part, Folded)
@@ -142,6 +158,13 @@ class ModelSlots(SlotBank):
         super().free(slot)
         for holder, _ in self._placed.pop(slot, ()):
             del holder[slot]
+
+    def _make_slots(self, layer: LoraLayer) -> SlotsOfLayer:
+        slots = LayerSlots(
+            layer.in_features, layer.out_features, self._max_slots, dtype=self._dtype, device=layer.device
+        )
+        layer.slots = slots
+        return slots
 
     def _place(self, name: str, part: Part, slot: int) -> dict[Any, Any]:
         """Give a part to its wrapper; returns the dictionary that holds it."""
@@ -160,9 +183,56 @@ class ModelSlots(SlotBank):
         return factors
 
 
-def _layer_slots(layer: LoraLayer, max_slots: int, dtype: torch.dtype) -> LayerSlots:
-    layer.slots = LayerSlots(layer.in_features, layer.out_features, max_slots, dtype=dtype, device=layer.device)
-    return layer.slots
+class DeviceModelSlots(ModelSlots):
+    """The same for kernels: an adapter's arrays are one buffer on the device, which a table points into.
+
+    Args:
+        copies: how arrays come to the device.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, LoraLinear],
+        max_slots: int,
+        *,
+        dtype: torch.dtype,
+        model: nn.Module | None = None,
+        copies: Copies | None = None,
+    ) -> None:
+        self._device = next(iter(layers.values())).device
+        self._copies = copies_for(self._device) if copies is None else copies
+        self._copying = threading.Lock()
+        self._highest_ranks: dict[Key, int] = {}
+        self._numbers = {name: number for number, name in enumerate(layers)}
+        self._table = AdapterTable(len(layers), max_slots, self._device)
+        super().__init__(layers, max_slots, dtype=dtype, model=model)
+        for name, number in self._numbers.items():
+            slots = self.layers[name]
+            assert isinstance(slots, DeviceSlots)
+            slots.table, slots.layer = self._table, number
+            slots.kernels = KernelGroup([slots])
+
+    def load(self, slot: int, modules: Mapping[str, Part]) -> None:
+        folded = {name: part for name, part in modules.items() if isinstance(part, Folded)}
+        with self._copying:
+            resident = to_device(folded, self._device, self._copies)
+            rows = {number: resident[name] for name, number in self._numbers.items() if name in resident}
+            self._copies.finish()  # before the slot is anybody's: no step waits, and none reads half an adapter
+            super().load(slot, {**modules, **resident})
+            self._table.write(slot, rows, self._copies)
+            self._copies.finish()
+            if len(rows) == len(modules):
+                self._highest_ranks[slot] = max((part.rank for part in resident.values()), default=0)
+            else:
+                self._highest_ranks.pop(slot, None)
+
+    def can_plan(self, slots: Iterable[Key], max_rank: int) -> bool:
+        """Whether adapters can follow a `PlannedRoute`: they touch linear layers only, with ranks up to `max_rank`."""
+        return all(self._highest_ranks.get(slot, max_rank + 1) <= max_rank for slot in slots)
+
+    def _make_slots(self, layer: LoraLayer) -> SlotsOfLayer:
+        layer.slots = DeviceSlots(layer.in_features, layer.out_features, dtype=self._dtype)
+        return layer.slots
 
 
 def fold_adapter(adapter: AdapterWeights, model: nn.Module, *, dtype: torch.dtype) -> dict[str, Part]:
@@ -175,6 +245,12 @@ def fold_adapter(adapter: AdapterWeights, model: nn.Module, *, dtype: torch.dtyp
         TargetError: file and configuration disagree for this model, a shape is another, or folding overflows `dtype`.
     """
     return _Folding(adapter, model, dtype).run()
+
+
+def flatten_parts(modules: Mapping[str, Part], device: torch.device) -> dict[str, Part]:
+    """The same adapter with its folded arrays in one piece of host memory, pinned for a CUDA device."""
+    folded = {name: part for name, part in modules.items() if isinstance(part, Folded)}
+    return {**modules, **flatten(folded, pin_memory=device.type == "cuda")}
 
 
 class _Folding:

@@ -108,6 +108,8 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
         use_prefix_cache=settings.prefix_cache,
         max_slots=settings.max_slots,
         kv_bytes=settings.kv_memory,
+        use_kernels=_use_kernels(settings, device),
+        use_cuda_graphs=settings.cuda_graphs,
         max_model_len=settings.max_model_len,
     )
     runner = load_runner(path, config, dtype=dtype, device=device)
@@ -121,7 +123,12 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
         settings.store, min_free_bytes=settings.min_free_bytes, max_generations=settings.max_generations
     )
     store.open()
-    loader = AdapterLoader(runner.model, dtype=runner.dtype, max_rank=settings.max_rank)
+    loader = AdapterLoader(
+        runner.model,
+        dtype=runner.dtype,
+        max_rank=settings.max_rank,
+        flatten_for=device if runner.uses_kernels else None,
+    )
 
     def read(digest: str) -> FoldedAdapter:
         return loader.fold(*store.read(digest))
@@ -263,6 +270,12 @@ def _device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
         raise InvalidRequestError(f"device {name!r} cannot be used: {error}", code="device_invalid") from error
     dtype = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
     return device, dtype
+
+
+def _use_kernels(settings: Settings, device: torch.device) -> bool:
+    if settings.kernels == "triton" and device.type != "cuda":
+        raise InvalidRequestError("Triton's kernels need a CUDA device", code="device_invalid")
+    return device.type == "cuda" and settings.kernels != "torch"
 
 
 def _adapter_memory(settings: Settings, device: torch.device) -> tuple[int, int]:

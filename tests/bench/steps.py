@@ -75,7 +75,7 @@ def make_requests(kind: str, rows: int, context: int, first: int) -> list[Genera
 
 def run_step(runner: ModelRunner, requests: list[GenerationRequest], routes: RouteMemo) -> None:
     step = Step([Chunk(request, request.num_computed, 1) for request in requests])
-    batch = build_batch(step, BLOCK_SIZE, runner.device, routes)
+    batch = build_batch(step, BLOCK_SIZE, runner.device, routes, use_kernels=runner.uses_kernels)
     logits = runner.forward(batch)
     for request, sampled in zip(batch.sampled, sample(logits, batch.sampled), strict=True):
         request.output_ids.append(sampled.token_id or 0)
