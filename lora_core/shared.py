@@ -12,6 +12,7 @@ another computation.
 For inference only; a layer's own weight is then held inside the group, and read back on demand.
 """
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -69,6 +70,12 @@ class SharedLinears:
         if index == len(self.members) - 1:
             self._x = None
         return part
+
+    def side_by_side(self, modules: Sequence[nn.Module], x: Tensor) -> Tensor:
+        """[..., ΣO] from the modules in the members' places: an adapter's own copy may have come between one."""
+        if all(map(operator.is_, modules, self.members)):
+            return self(x)
+        return torch.cat([module(x) for module in modules], dim=-1)
 
     def __call__(self, x: Tensor) -> Tensor:
         """All members' outputs side by side: x [..., I] -> [..., ΣO], new."""

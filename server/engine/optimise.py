@@ -1,4 +1,4 @@
-"""What is done to a loaded model to make it fast: layers that share an input become one, attention blocks get shorter.
+"""What is done to a loaded model to make it fast: layers that share an input become one, blocks get shorter.
 
 The model's code stays as it is. Modules are replaced after loading, each only where it is seen to do the same; a model
 of another kind runs with whatever fits it.
@@ -14,17 +14,20 @@ from lora_core.ops.packed import AdapterPacker
 from lora_core.shared import find_shared_inputs, share_inputs
 from server.engine.attention import replace_attention
 from server.engine.model import run_probe
+from server.engine.replace import replace_mlps, replace_norms
 
 __all__ = ["Optimised", "optimise"]
 
 
 @dataclass(frozen=True, slots=True)
 class Optimised:
-    """What was found to optimise: numbers of layer groups, of layers in them, and of attention blocks."""
+    """What was found to optimise: numbers of layer groups, of layers in them, and of blocks of each kind."""
 
     num_groups: int
     num_grouped_layers: int
     num_attention_blocks: int
+    num_mlps: int
+    num_norms: int
 
 
 def optimise(model: nn.Module, layers: Mapping[str, LoraLinear]) -> Optimised:
@@ -32,8 +35,9 @@ def optimise(model: nn.Module, layers: Mapping[str, LoraLinear]) -> Optimised:
     names = find_shared_inputs(layers, lambda: run_probe(model))
     groups = share_inputs(layers, names, AdapterPacker())
     num_blocks = replace_attention(model, lambda: run_probe(model), groups)
+    num_mlps, num_norms = replace_mlps(model, groups), replace_norms(model)
     _leave_the_file(model)
-    return Optimised(len(groups), sum(len(group.members) for group in groups), num_blocks)
+    return Optimised(len(groups), sum(len(group.members) for group in groups), num_blocks, num_mlps, num_norms)
 
 
 def _leave_the_file(model: nn.Module) -> None:

@@ -10,8 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_core import LoraLinear, Route, Router, Run, SlotBank, attach_slots, packing
 from lora_core.maths import Folded
-from lora_core.ops import reference
-from lora_core.ops.packed import AdapterPacker
+from lora_core.ops import packed, reference
+from lora_core.ops.packed import AdapterPacker, GroupAdapters
 from lora_core.packing import PackedWeight
 from lora_core.shared import PackedLinear, find_shared_inputs, share_inputs
 
@@ -128,6 +128,53 @@ def test_joined_layers_agree_with_the_definition_through_loads_and_frees(dtype: 
                     start += num_rows
 
 
+def test_a_kept_route_does_not_keep_a_slots_former_adapter() -> None:
+    model = Model(torch.float32)
+    for slot in range(4):
+        model.load(slot)
+    route = Route([*(Run({slot: 1.0}, 1) for slot in range(4)), Run({0: 0.5, 3: -0.7}, 1), Run({2: 1.0}, 9)])
+    for _ in range(12):
+        slot = random.randrange(4)
+        model.free(slot)
+        model.load(slot)
+        for _ in range(random.randint(1, 14)):  # until it is packed, or not
+            x = torch.randn(route.num_rows, I)
+            with torch.inference_mode(), model.router.use(route):
+                out = model.block(x)
+        for name, y in out.items():
+            torch.testing.assert_close(y.double(), model.definition(name, x, route), rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_one_new_adapter_is_packed_when_it_has_been_missing_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few groups at a time: others wait for a step's part of the packing, never for all of it."""
+    monkeypatch.setattr(packed, "GROUPS_A_STEP", 1)
+    packs: list[GroupAdapters] = []
+    pack = GroupAdapters._pack
+    monkeypatch.setattr(GroupAdapters, "_pack", lambda group, columns: (packs.append(group), pack(group, columns)))
+    model = Model(torch.float32)
+    everywhere = {name: Folded(torch.randn(2, I), torch.randn(2, size)) for name, size in SIZES.items()}
+    for slot in range(5):
+        model.bank.load(slot, everywhere)
+
+    def packed_by(num_steps: int, slots: range) -> list[int]:
+        route, counts = Route([Run({slot: 1.0}, 1) for slot in slots]), []
+        for _ in range(num_steps):
+            packs.clear()
+            with torch.inference_mode(), model.router.use(route):
+                model.block(torch.randn(route.num_rows, I))
+            counts.append(len(packs))
+        return counts
+
+    assert packed_by(2, range(4)) == [2, 0]  # all new: at once
+    counts = packed_by(packed.STEPS_TO_PACK * 5 + 3, range(5))
+    assert sum(counts) == 2
+    assert max(counts) == 1
+    assert not any(counts[: packed.STEPS_TO_PACK * 5 - 1])
+    assert not any(packed_by(packed.MAX_SPARSE_STEPS, range(1)))
+    assert sum(packed_by(4, range(1))) == 2  # what is not used any more goes
+    assert not any(packed_by(packed.MAX_SPARSE_STEPS + 2, range(1)))
+
+
 def test_another_adapters_infinity_stays_its_own() -> None:
     model = Model(torch.float32)
     model.bank.load(0, {name: Folded(torch.full((2, I), 3e38), torch.ones(2, size)) for name, size in SIZES.items()})
@@ -169,14 +216,14 @@ def test_a_packed_weight_is_the_weight(dtype: torch.dtype, can_pack: bool, monke
     if not can_pack:
         monkeypatch.setattr(packing, "_packers", lambda: None)
     weight, bias = torch.randn(37, 19).to(dtype), torch.randn(37).to(dtype)
-    packed = PackedWeight(weight)
-    assert packed.is_packed == (can_pack and dtype in (torch.float32, torch.bfloat16))
-    assert torch.equal(packed.unpack(), weight)
+    packed_weight = PackedWeight(weight)
+    assert packed_weight.is_packed == (can_pack and dtype in (torch.float32, torch.bfloat16))
+    assert torch.equal(packed_weight.unpack(), weight)
     for num_rows in (0, 1, 5, 64):
         x = torch.randn(num_rows, 19).to(dtype)
         for b in (None, bias):
             expected = nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
-            torch.testing.assert_close(packed(x, b).double(), expected, rtol=2e-2, atol=5e-2)
+            torch.testing.assert_close(packed_weight(x, b).double(), expected, rtol=2e-2, atol=5e-2)
 
 
 def test_layers_of_other_kinds_stay_as_they_are() -> None:

@@ -5,10 +5,11 @@ from server.engine.attention.device import AttentionPlan, DeviceAttention, Span
 from server.engine.attention.interface import ATTENTION_NAME, AttentionCall, AttentionStep, register, use_step
 from server.engine.attention.paged import AttentionGroup, PagedAttention
 from server.engine.attention.probe import AttentionProbe
-from server.engine.attention.rotary import RotaryAttention, replace_attention
+from server.engine.attention.rotary import TOLERANCE, RotaryAttention, replace_attention
 
 __all__ = [
     "ATTENTION_NAME",
+    "TOLERANCE",
     "AttentionCall",
     "AttentionGroup",
     "AttentionPlan",

@@ -16,8 +16,9 @@ from lora_core import LoraLinear
 from lora_core.shared import SharedLinears
 from server.engine.attention.interface import STEP_ARGUMENT, AttentionCall, AttentionStep, signed_rotation
 
-__all__ = ["RotaryAttention", "replace_attention"]
+__all__ = ["TOLERANCE", "RotaryAttention", "replace_attention"]
 
+# Relative error between two ways to compute the same.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -43,7 +44,8 @@ class RotaryAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """hidden_states [1, T, I] -> [1, T, I]."""
         step: AttentionStep = kwargs[STEP_ARGUMENT]
-        heads = self._projections(hidden_states).view(hidden_states.shape[1], -1, self._head_dim)  # [T, H + 2·Hkv, D]
+        joined = self._projections.side_by_side((self.q_proj, self.k_proj, self.v_proj), hidden_states)
+        heads = joined.view(hidden_states.shape[1], -1, self._head_dim)  # [T, H + 2·Hkv, D]
         rotated = heads[:, : -self._num_kv_heads]
         cos, sin = step.rotation(position_embeddings)
         turned = rotated.roll(self._head_dim // 2, dims=-1)
