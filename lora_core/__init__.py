@@ -3,6 +3,7 @@
 from lora_core.checkpoint import load_adapter, parse_adapter, save_adapter
 from lora_core.config import LoftQConfig, LoraConfig
 from lora_core.convert import convert_to_lora, simplify_adapter
+from lora_core.device_bank import DeviceModelSlots, attach_slots, flatten_parts
 from lora_core.errors import (
     AdapterNotFoundError,
     CheckpointError,
@@ -13,20 +14,13 @@ from lora_core.errors import (
 )
 from lora_core.functions import get_peft_model, inject_adapter_in_model
 from lora_core.layer import LoraLinear
+from lora_core.ledger import TensorGroup, TensorLedger
 from lora_core.loftq_replace import replace_lora_weights_loftq
 from lora_core.model import LoraModel
 from lora_core.ops import apply_lora
 from lora_core.quant import prepare_model_for_kbit_training
 from lora_core.routing import Key, Route, Router, Run
-from lora_core.serving import (
-    DeviceModelSlots,
-    ModelSlots,
-    Part,
-    attach_slots,
-    flatten_parts,
-    fold_adapter,
-    wrap_linears,
-)
+from lora_core.serving import ModelSlots, Part, fold_adapter, wrap_linears
 from lora_core.slots import LayerSlots, SlotBank
 from lora_core.state import get_peft_model_state_dict, set_peft_model_state_dict
 from lora_core.targets import resolve_targets
@@ -53,6 +47,8 @@ __all__ = [
     "Run",
     "SlotBank",
     "TargetError",
+    "TensorGroup",
+    "TensorLedger",
     "UnsupportedError",
     "apply_lora",
     "attach_slots",

@@ -26,6 +26,7 @@ from lora_core.tensor_folder import TensorFolder, find_weight
 from lora_core.weights import LoraTensors
 
 __all__ = [
+    "Conversion",
     "convert_to_lora",
     "initial_factors",
     "plain_lora",
@@ -41,6 +42,8 @@ FACTORS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_em
 MAGNITUDE = ".lora_magnitude_vector"
 # Initialisations that can be computed again from the base weight alone, to the same numbers.
 REPEATABLE = ("pissa", "olora")
+# Training turns an adapter away from its starting values, but not this far: that of another base is at 0.
+MIN_SIMILARITY = 0.5
 
 
 class _Module(NamedTuple):
@@ -53,6 +56,20 @@ class _Module(NamedTuple):
     @property
     def is_embedding(self) -> bool:
         return self.key_a.endswith("embedding_A")
+
+
+class Conversion(NamedTuple):
+    """How an adapter was made a plain one of the original base.
+
+    Attributes:
+        init: its `init_lora_weights`, in lower case.
+        is_computed: its starting values were computed again from the base; else they were given.
+        similarity: ⟨B·A, B0·A0⟩ / (‖B·A‖·‖B0·A0‖) over all modules, 1 before training.
+    """
+
+    init: str
+    is_computed: bool
+    similarity: float
 
 
 def _modules(tensors: TensorMap) -> Iterator[_Module]:
@@ -74,7 +91,7 @@ def convert_to_lora(
     out_folder: str | Path,
     *,
     base_folder: str | Path | None = None,
-) -> None:
+) -> Conversion:
     """Convert an adapter that was trained on a base changed by its initialisation into a plain one of the original.
 
     Everything in the file but A and B stays as it is: DoRA magnitudes, biases, whole modules (PEFT drops them).
@@ -89,7 +106,8 @@ def convert_to_lora(
     Raises:
         ConfigError: the adapter is plain already, or neither of the two folders is given.
         CheckpointError: a folder is malformed, or the initial adapter is not one of this adapter.
-        UnsupportedError: the starting values cannot be computed again (random, or from data), or belong to parameters.
+        UnsupportedError: the starting values cannot be computed again (random, or from data), belong to parameters, or
+            those that are computed are not near the adapter's: it was trained on another base, or made in another way.
     """
     config, tensors = read_adapter(adapter_folder)
     if initial_folder is not None:
@@ -102,7 +120,33 @@ def convert_to_lora(
     else:
         raise ConfigError("give the initial adapter's folder, or that of the base model")
     new = subtract_mutated_init(tensors, initial)
+    found = Conversion(str(config.init_lora_weights).lower(), initial_folder is None, _similarity(tensors, initial))
+    if found.is_computed and not found.similarity > MIN_SIMILARITY:
+        raise UnsupportedError(
+            f"the starting values of init_lora_weights={config.init_lora_weights!r}, computed from this base, are not "
+            f"those of the adapter (their cosine is {found.similarity:.2f}): it was trained on another base; the "
+            "adapter as it was before training is needed",
+            code="adapter_needs_conversion",
+        )
     write_adapter(subtracted_config(config), new, out_folder)
+    return found
+
+
+def _similarity(tensors: TensorMap, initial: TensorMap) -> float:
+    """From the factors' Gram matrices, so that no [O, I] is ever made."""
+    product = size = initial_size = 0.0
+    for module in _modules(tensors):
+        a, a0 = (values[module.key_a].double().flatten(1) for values in (tensors, initial))
+        b, b0 = (values[module.key_b].double().flatten(1) for values in (tensors, initial))
+        product += _inner(a, b, a0, b0)
+        size += _inner(a, b, a, b)
+        initial_size += _inner(a0, b0, a0, b0)
+    return product / math.sqrt(size * initial_size) if size * initial_size > 0 else 0.0
+
+
+def _inner(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> float:
+    """⟨b·a, b0·a0⟩ of embeddings and linear layers alike: whatever stands between, factors meet at the rank."""
+    return ((b.T @ b0) * (a @ a0.T)).sum().item()
 
 
 def subtract_mutated_init(tensors: TensorMap, initial: TensorMap) -> dict[str, Tensor]:

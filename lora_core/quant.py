@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_core.errors import TargetError, UnsupportedError
+from lora_core.errors import ConfigError, TargetError, UnsupportedError
 
 __all__ = [
     "dequantized_weight",
@@ -23,10 +23,14 @@ __all__ = [
     "keep_layout",
     "prepare_model_for_kbit_training",
     "quantized_like",
+    "quantized_linear",
     "replace_weight",
+    "round_trip",
 ]
 
 HALF = (torch.float16, torch.bfloat16)
+KINDS = ("nf4", "fp4", "int8")
+BLOCK_SIZE = 64  # numbers that share a scale in 4 bits; bitsandbytes' default
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -87,6 +91,67 @@ def quantized_like(module: nn.Module, weight: Tensor) -> nn.Parameter:
     is_repacked = getattr(state, "packing_format_for_cpu", False)
     out.quant_state.dtype = state.original_dtype if is_repacked else state.dtype
     return out
+
+
+def round_trip(weight: Tensor, kind: str, *, double_quant: bool = False) -> Tensor:
+    """What a weight [O, I] becomes when a server holds it in `kind`: quantized and dequantized, in float32.
+
+    Args:
+        weight: in the dtype that the model is loaded in.
+        kind: "nf4" or "fp4", with a scale for each 64 numbers, or "int8", with one for each row.
+        double_quant: with 4 bits, their scales are quantized as well.
+
+    Raises:
+        ConfigError: another kind.
+        UnsupportedError: bitsandbytes is not installed.
+    """
+    bnb = _functional(kind)
+    if kind == "int8":
+        values, scales, _ = bnb.int8_vectorwise_quant(weight.half())
+        return bnb.int8_vectorwise_dequant(values, scales).float()
+    packed, state = bnb.quantize_4bit(
+        weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=double_quant, quant_type=kind
+    )
+    return bnb.dequantize_4bit(packed, state).float()
+
+
+def quantized_linear(linear: nn.Module, weight: Tensor, kind: str, *, double_quant: bool = False) -> nn.Module:
+    """A layer that computes with a quantized `weight` [O, I], in the weight's dtype, and the bias of `linear`.
+
+    Raises:
+        ConfigError, UnsupportedError: as `round_trip`.
+    """
+    _functional(kind)
+    import bitsandbytes as bnb  # noqa: PLC0415 - optional
+
+    out_features, in_features = weight.shape
+    bias: nn.Parameter | None = getattr(linear, "bias", None)
+    values = weight.detach().contiguous()
+    out: nn.Module
+    if kind == "int8":
+        out = bnb.nn.Linear8bitLt(in_features, out_features, bias is not None, has_fp16_weights=False, device="meta")
+        out.weight = bnb.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False).to(weight.device)
+    else:
+        options = {"compress_statistics": double_quant, "quant_type": kind}
+        out = bnb.nn.Linear4bit(
+            in_features, out_features, bias is not None, compute_dtype=weight.dtype, device="meta", **options
+        )
+        parameter = bnb.nn.Params4bit(values, requires_grad=False, blocksize=BLOCK_SIZE, module=out, **options)
+        out.weight = parameter.to(weight.device)
+    if bias is not None:
+        out.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    keep_layout(out)
+    return out.eval()
+
+
+def _functional(kind: str) -> Any:
+    if kind not in KINDS:
+        raise ConfigError(f"weights are quantized to {', '.join(KINDS)}, not to {kind!r}")
+    try:
+        from bitsandbytes import functional  # noqa: PLC0415 - optional
+    except ImportError as error:
+        raise UnsupportedError("quantized weights need bitsandbytes: pip install 'loramux[bnb]'") from error
+    return functional
 
 
 def replace_weight(module: nn.Module, parameter: nn.Parameter) -> nn.Parameter:

@@ -6,8 +6,8 @@ adapter needs them. Both may happen beside a forward pass: no route uses the slo
 """
 
 import copy
-import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,29 +16,24 @@ from torch import Tensor, nn
 
 from lora_core.adapter_module import AdapterModule, base_of
 from lora_core.checkpoint import ROWS_SUFFIX, check_base_weight, check_shape
-from lora_core.device_slots import AdapterTable, DeviceSlots, flatten, to_device
-from lora_core.errors import TargetError, UnsupportedError
+from lora_core.errors import LoraError, TargetError, UnsupportedError
 from lora_core.inject import layer_kind, lora_layer, parameter_layer, token_layer, whole_module
 from lora_core.layer import LoraLayer, LoraLinear, is_linear, linear_weight
+from lora_core.ledger import FACTORS, Outcome, TensorLedger
 from lora_core.maths import Folded, fold
-from lora_core.ops.kernels import KernelGroup
 from lora_core.parameter import LoraParameter
-from lora_core.routing import Key, Router
+from lora_core.routing import Router
 from lora_core.shared import PackedLinear
 from lora_core.slots import LayerSlots, SlotBank, SlotsOfLayer
 from lora_core.targets import Parts, Target, output_embedding_name, resolve
-from lora_core.transfer import Copies, copies_for
 from lora_core.weights import AdapterWeights, LoraTensors
 
 __all__ = [
-    "DeviceModelSlots",
     "ExpertFactors",
     "ModelSlots",
     "ModuleCopy",
     "Part",
     "TokenRows",
-    "attach_slots",
-    "flatten_parts",
     "fold_adapter",
     "wrap_linears",
 ]
@@ -92,26 +87,6 @@ def wrap_linears(model: nn.Module, router: Router, names: Iterable[str] | None =
     if names is None:
         names = [n for n, m in model.named_modules() if is_linear(m) and not n.endswith(".base_layer")]
     return {name: cast(LoraLinear, lora_layer(model, router, name, is_head=name == head)) for name in names}
-
-
-def attach_slots(
-    layers: Mapping[str, LoraLinear],
-    max_slots: int,
-    *,
-    dtype: torch.dtype,
-    model: nn.Module | None = None,
-    use_kernels: bool | None = None,
-) -> "ModelSlots":
-    """Give every layer slots for `max_slots` adapters, held in `dtype`; memory is taken as adapters come.
-
-    Args:
-        model: where the layers are; needed for adapters that have more than these layers.
-        use_kernels: apply adapters with Triton kernels; by default where the layers are on CUDA.
-    """
-    if use_kernels is None:
-        use_kernels = all(layer.device.type == "cuda" for layer in layers.values())
-    kind = DeviceModelSlots if use_kernels else ModelSlots
-    return kind(layers, max_slots, dtype=dtype, model=model)
 
 
 class ModelSlots(SlotBank):
@@ -183,60 +158,13 @@ class ModelSlots(SlotBank):
         return factors
 
 
-class DeviceModelSlots(ModelSlots):
-    """The same for kernels: an adapter's arrays are one buffer on the device, which a table points into.
+def fold_adapter(
+    adapter: AdapterWeights, model: nn.Module, *, dtype: torch.dtype, ledger: TensorLedger | None = None
+) -> dict[str, Part]:
+    """Make a whole adapter ready for a slot of `model`: folded in float32, then cast to `dtype`.
 
     Args:
-        copies: how arrays come to the device.
-    """
-
-    def __init__(
-        self,
-        layers: Mapping[str, LoraLinear],
-        max_slots: int,
-        *,
-        dtype: torch.dtype,
-        model: nn.Module | None = None,
-        copies: Copies | None = None,
-    ) -> None:
-        self._device = next(iter(layers.values())).device
-        self._copies = copies_for(self._device) if copies is None else copies
-        self._copying = threading.Lock()
-        self._highest_ranks: dict[Key, int] = {}
-        self._numbers = {name: number for number, name in enumerate(layers)}
-        self._table = AdapterTable(len(layers), max_slots, self._device)
-        super().__init__(layers, max_slots, dtype=dtype, model=model)
-        for name, number in self._numbers.items():
-            slots = self.layers[name]
-            assert isinstance(slots, DeviceSlots)
-            slots.table, slots.layer = self._table, number
-            slots.kernels = KernelGroup([slots])
-
-    def load(self, slot: int, modules: Mapping[str, Part]) -> None:
-        folded = {name: part for name, part in modules.items() if isinstance(part, Folded)}
-        with self._copying:
-            resident = to_device(folded, self._device, self._copies)
-            rows = {number: resident[name] for name, number in self._numbers.items() if name in resident}
-            self._copies.finish()  # before the slot is anybody's: no step waits, and none reads half an adapter
-            super().load(slot, {**modules, **resident})
-            self._table.write(slot, rows, self._copies)
-            self._copies.finish()
-            if len(rows) == len(modules):
-                self._highest_ranks[slot] = max((part.rank for part in resident.values()), default=0)
-            else:
-                self._highest_ranks.pop(slot, None)
-
-    def can_plan(self, slots: Iterable[Key], max_rank: int) -> bool:
-        """Whether adapters can follow a `PlannedRoute`: they touch linear layers only, with ranks up to `max_rank`."""
-        return all(self._highest_ranks.get(slot, max_rank + 1) <= max_rank for slot in slots)
-
-    def _make_slots(self, layer: LoraLayer) -> SlotsOfLayer:
-        layer.slots = DeviceSlots(layer.in_features, layer.out_features, dtype=self._dtype)
-        return layer.slots
-
-
-def fold_adapter(adapter: AdapterWeights, model: nn.Module, *, dtype: torch.dtype) -> dict[str, Part]:
-    """Make a whole adapter ready for a slot of `model`: folded in float32, then cast to `dtype`.
+        ledger: gets the fate of every tensor, also when the adapter is refused.
 
     Returns:
         Its parts by module, or by parameter.
@@ -244,53 +172,81 @@ def fold_adapter(adapter: AdapterWeights, model: nn.Module, *, dtype: torch.dtyp
     Raises:
         TargetError: file and configuration disagree for this model, a shape is another, or folding overflows `dtype`.
     """
-    return _Folding(adapter, model, dtype).run()
-
-
-def flatten_parts(modules: Mapping[str, Part], device: torch.device) -> dict[str, Part]:
-    """The same adapter with its folded arrays in one piece of host memory, pinned for a CUDA device."""
-    folded = {name: part for name, part in modules.items() if isinstance(part, Folded)}
-    return {**modules, **flatten(folded, pin_memory=device.type == "cuda")}
+    return _Folding(adapter, model, dtype, ledger or TensorLedger(adapter)).run()
 
 
 class _Folding:
     """One adapter's way into parts. `rest` are the full weights that nothing has asked for yet."""
 
-    def __init__(self, adapter: AdapterWeights, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, adapter: AdapterWeights, model: nn.Module, dtype: torch.dtype, ledger: TensorLedger) -> None:
         self.adapter = adapter
         self.model = model
         self.dtype = dtype
+        self.ledger = ledger
         self.rest = dict(adapter.full)
+        self.out: dict[str, Part] = {}
 
     def run(self) -> dict[str, Part]:
         parts = resolve(self.adapter.config, self.model)
         nested = _nested(parts)
-        _check_modules({target.name for target in parts.modules} | set(nested), set(self.adapter.modules))
-        out: dict[str, Part] = {}
-        biases = {name: self._bias(name, parts) for name in parts.biases}
+        self._check_modules({target.name for target in parts.modules} | set(nested))
+        biases: dict[str, Tensor] = {}
+        for name in parts.biases:
+            with self._refusing(name):
+                biases[name] = self._bias(name, parts)
         for target in parts.modules:
-            out[target.name] = self._folded(target, biases.pop(target.name, None))
+            if target.name in self.adapter.modules:
+                with self._refusing(target.name):
+                    self.out[target.name] = self._folded(target, biases.pop(target.name, None))
         for name, bias in biases.items():
-            out[name] = Folded(bias.new_empty(0, self._layer_shape(name)[1]), bias.new_empty(0, len(bias)), None, bias)
+            empty = bias.new_empty(0, self._layer_shape(name)[1]), bias.new_empty(0, len(bias))
+            self.out[name] = Folded(*empty, None, bias)
         for prefix, target in nested.items():
-            out[target.name] = self._experts(target, self.adapter.modules[prefix])
+            if prefix in self.adapter.modules:
+                with self._refusing(prefix):
+                    self.out[target.name] = self._experts(target, prefix)
         for name in parts.whole:
-            out[name] = self._copy(name)
+            with self._refusing(name):
+                self.out[name] = self._copy(name)
         for name, indices in parts.tokens.items():
-            out[name] = self._rows(name, indices)
-        if self.rest:
-            raise TargetError(f"the adapter's file and configuration disagree about {min(self.rest)!r}")
-        for name, part in out.items():
+            with self._refusing(name + ROWS_SUFFIX):
+                self.out[name] = self._rows(name, indices)
+        for name, part in self.out.items():
             if not all(bool(torch.isfinite(t).all()) for t in part.tensors()):
-                raise TargetError(f"module {name!r} is not finite in {self.dtype}", code="adapter_not_finite")
-        return out
+                error = TargetError(f"module {name!r} is not finite in {self.dtype}", code="adapter_not_finite")
+                self.ledger.refuse(name, error)
+        self.ledger.settle()
+        return self.out
 
-    def _take(self, key: str, shape: Iterable[int]) -> Tensor:
+    def _check_modules(self, targets: set[str]) -> None:
+        """Refuse modules that are not targeted, and note those that are and have no tensors."""
+        extra = sorted(set(self.adapter.modules) - targets)
+        missing = sorted(targets - set(self.adapter.modules))
+        for name in extra:
+            count = f"{len(extra)} such modules"
+            self.ledger.refuse(name, TargetError(f"the file has tensors for {name!r} ({count}), which is not targeted"))
+        if missing:
+            count = f"{len(missing)} such modules"
+            message = f"the configuration targets {missing[0]!r} ({count}), for which the file has no tensors"
+            self.ledger.refuse(missing[0], TargetError(message))
+
+    @contextmanager
+    def _refusing(self, name: str) -> Iterator[None]:
+        """What is wrong with one part does not keep the others from being judged."""
+        try:
+            yield
+        except LoraError as error:
+            self.ledger.refuse(name, error)
+
+    def _take(self, key: str, shape: Iterable[int], outcome: Outcome, reason: str) -> Tensor:
         tensor = self.rest.pop(key, None)
         if tensor is None:
             raise TargetError(f"the adapter's file lacks {key!r}, which its configuration names")
         if list(tensor.shape) != list(shape):
-            raise TargetError(f"{key!r}: the adapter holds {list(tensor.shape)}, not {list(shape)}")
+            error = TargetError(f"{key!r}: the adapter holds {list(tensor.shape)}, not {list(shape)}")
+            self.ledger.refuse(key, error)
+            raise error
+        self.ledger.note(key, ["full weight"], outcome, reason)
         return tensor
 
     def _layer_shape(self, name: str) -> tuple[int, int]:
@@ -316,28 +272,36 @@ class _Folding:
         scale = getattr(base, "embed_scale", None)
         b = out.b if scale is None else out.b * scale.float().cpu()
         own = out.bias if bias is None else bias if out.bias is None else out.bias + bias
+        gain = "" if part.magnitude is None else ", and DoRA's gain magnitude / ‖W0 + s·B·A‖"
+        self.ledger.note(name, FACTORS, "folded", f"into B·A times its scaling{gain}")
+        self.ledger.note(name, ["lora_B.bias"], "folded", "into the bias, times the scaling")
+        self.ledger.note(name, ["lora_magnitude_vector"], "folded", "into the gain of each output")
+        self.ledger.note(name, ["base weight"], "used", "compared: it is the base model's own")
         return Folded(out.a, b, out.gain, own).to(self.dtype)
 
     def _bias(self, name: str, parts: Parts) -> Tensor:
         """What the trained bias adds to the base's, [O]."""
         own = base_of(self.model.get_submodule(name)).get_parameter("bias").detach()
         has_lora = any(target.name == name for target in parts.modules)
-        saved = self._take(f"{name}.base_layer.bias" if has_lora else f"{name}.bias", own.shape)
+        key = f"{name}.base_layer.bias" if has_lora else f"{name}.bias"
+        saved = self._take(key, own.shape, "folded", "bias: into what it adds to the base model's")
         return (saved.float() - own.float().cpu()).to(self.dtype)
 
-    def _experts(self, target: Target, part: LoraTensors) -> ExpertFactors:
-        name, r = target.name, target.r
+    def _experts(self, target: Target, prefix: str) -> ExpertFactors:
+        name, r, part = target.name, target.r, self.adapter.modules[prefix]
         module_name, _, parameter = name.rpartition(".")
         layer = LoraParameter(base_of(self.model.get_submodule(module_name)), Router(), parameter)
         check_shape(name, part, (layer.out_features, layer.in_features))
         if part.rank != r * layer.num_experts:
             raise TargetError(f"{name!r}: the configuration says rank {r}, the tensors have {part.rank} rows")
+        self.ledger.note(prefix, FACTORS, "used", "factors of a parameter, expert by expert")
         return ExpertFactors(part.map(lambda t: t.to(layer.parameter)), target.scaling)
 
     def _copy(self, name: str) -> ModuleCopy:
         module = _blank_copy(name, base_of(self.model.get_submodule(name)))
         own = module.state_dict()
-        values = {key: self._take(f"{name}.{key}", value.shape) for key, value in own.items()}
+        reason = "whole module: the adapter's own copy"
+        values = {key: self._take(f"{name}.{key}", value.shape, "used", reason) for key, value in own.items()}
         module.load_state_dict({key: value.to(own[key].dtype) for key, value in values.items()}, assign=False)
         return ModuleCopy(module.requires_grad_(False).eval())
 
@@ -345,7 +309,8 @@ class _Folding:
         weight = cast(Tensor, base_of(self.model.get_submodule(name)).weight).detach()
         if max(indices) >= len(weight):
             raise TargetError(f"token {max(indices)} is outside of the vocabulary of {len(weight)} tokens")
-        rows = self._take(name + ROWS_SUFFIX, (len(indices), weight.shape[1]))
+        reason = "embedding rows: into what they add to the base model's"
+        rows = self._take(name + ROWS_SUFFIX, (len(indices), weight.shape[1]), "folded", reason)
         return TokenRows(indices, rows.float().to(weight.device) - weight[list(indices)].float())
 
 
@@ -359,16 +324,6 @@ def _nested(parts: Parts) -> dict[str, Target]:
         for module, group in groups.items()
         for place, target in enumerate(group)
     }
-
-
-def _check_modules(targets: set[str], in_file: set[str]) -> None:
-    extra, missing = sorted(in_file - targets), sorted(targets - in_file)
-    if extra:
-        raise TargetError(f"the file has tensors for {extra[0]!r} ({len(extra)} such modules), which is not targeted")
-    if missing:
-        raise TargetError(
-            f"the configuration targets {missing[0]!r} ({len(missing)} such modules), for which the file has no tensors"
-        )
 
 
 def _blank_copy(name: str, base: nn.Module) -> nn.Module:

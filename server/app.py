@@ -14,10 +14,11 @@ from fastapi import FastAPI
 
 from server.adapters.archive import ArchiveLimits
 from server.adapters.import_root import ImportRoot
+from server.adapters.intake import AdapterIntake
 from server.adapters.loader import AdapterLoader, BankSlots, FoldedAdapter
 from server.adapters.registry import AdapterRegistry
 from server.adapters.service import AdapterService
-from server.adapters.store import AdapterStore
+from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterStore
 from server.api.authentication import Authentication
 from server.api.draining import DrainGate
 from server.api.envelopes import install_error_handlers
@@ -32,11 +33,12 @@ from server.delivery import Delivery
 from server.demo import demo_adapters
 from server.demo.model import ensure_demo_model
 from server.drain import Drain
-from server.engine import EngineConfig, EngineLoop, ModelRunner, load_runner
+from server.engine import EngineConfig, EngineLoop, Fairness, ModelRunner, load_runner
 from server.engine.selfcheck import check_against_reference
 from server.errors import InvalidRequestError, NotFoundError
 from server.generation import GenerationService
-from server.jobs.handlers import AdapterJobs
+from server.jobs.conversion import ConversionProcess
+from server.jobs.handlers import AdapterJobs, ServedWeights
 from server.jobs.queue import JobQueue
 from server.jobs.store import JobStore
 from server.memory import free_host_bytes
@@ -118,7 +120,13 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
     codec = TextCodec(path, vocab_size=runner.facts.vocab_size, eos_token_ids=runner.facts.eos_token_ids)
     structured = StructuredOutput(codec)
     delivery = Delivery()
-    engine = EngineLoop(runner, max_waiting=settings.max_waiting, num_threads=num_threads, on_step=delivery.flush)
+    engine = EngineLoop(
+        runner,
+        max_waiting=settings.max_waiting,
+        num_threads=num_threads,
+        fairness=Fairness() if keys is None else Fairness(keys.weight_of),
+        on_step=delivery.flush,
+    )
     store = AdapterStore(
         settings.store, min_free_bytes=settings.min_free_bytes, max_generations=settings.max_generations
     )
@@ -145,10 +153,12 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
     )
     limits = ArchiveLimits(max_weights_bytes=settings.max_upload_bytes)
     base_names = frozenset({model_id, BASE_NAME})
-    adapters = AdapterService(store, registry, loader, base_names=base_names, limits=limits)
+    intake = AdapterIntake(loader, ConversionProcess(path), limits)
+    adapters = AdapterService(store, registry, intake, base_names=base_names, max_rank=settings.max_rank)
     _import_adapters(settings, store, adapters, report)
     imports = ImportRoot(settings.import_root)
-    jobs = _jobs(settings, path, store, adapters, imports)
+    served = ServedWeights(dtype=str(dtype).removeprefix("torch."))
+    jobs = _jobs(settings, path, store, adapters, imports, served)
     return Server(
         runner=runner,
         engine=engine,
@@ -295,7 +305,12 @@ def _import_adapters(settings: Settings, store: AdapterStore, adapters: AdapterS
 
 
 def _jobs(
-    settings: Settings, base: Path, store: AdapterStore, adapters: AdapterService, imports: ImportRoot
+    settings: Settings,
+    base: Path,
+    store: AdapterStore,
+    adapters: AdapterService,
+    imports: ImportRoot,
+    served: ServedWeights,
 ) -> JobQueue:
     handler = AdapterJobs(
         adapters,
@@ -304,6 +319,9 @@ def _jobs(
         exports=settings.store / "exports",
         imports=imports,
         allow_hub=settings.allow_hub,
+        s3_root=settings.s3_root,
+        max_bytes={CONFIG_NAME: ArchiveLimits().max_config_bytes, WEIGHTS_NAME: settings.max_upload_bytes},
+        served=served,
     )
     jobs = JobQueue(JobStore(settings.store / "jobs"), handler)
     jobs.open()

@@ -19,6 +19,7 @@ is stable and listed in the README. Messages are for people: they name values an
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 __all__ = [
     "AuthenticationError",
@@ -43,7 +44,7 @@ class ServerError(Exception):
     Attributes:
         param: the request field at fault, where there is one.
         retry_after_s: when to try again; None if trying again is of no use.
-        details: figures that a program needs to react, shown beside the message.
+        details: what a program needs to react, shown beside the message; JSON.
     """
 
     kind = "internal"
@@ -56,7 +57,7 @@ class ServerError(Exception):
         *,
         code: str | None = None,
         param: str | None = None,
-        details: Mapping[str, int | str] | None = None,
+        details: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message

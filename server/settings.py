@@ -25,6 +25,7 @@ class Settings(BaseModel):
         model_aliases: more names for the base model, which some clients send when nobody named one.
         import_root: folder under which paths in requests must lie; without it no path is taken.
         allow_hub: adapters may be fetched from the Hugging Face hub.
+        s3_root: `s3://bucket/prefix` under which object stores' addresses in jobs must lie; without it none is read.
         adapters: adapters to import at the start, folder by name; a name that the store knows already is left alone.
     """
 
@@ -63,6 +64,7 @@ class Settings(BaseModel):
 
     import_root: Path | None = None
     allow_hub: bool = False
+    s3_root: str | None = Field(None, pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?$")
     max_json_bytes: Bytes = 2 << 20
     max_upload_bytes: Bytes = 512 << 20
     min_free_bytes: int = Field(2 << 30, ge=0)

@@ -80,12 +80,10 @@ class CallerAdapters:
         return [replace(view, record=self._renamed(view.record)) for view in views]
 
     def upload_files(
-        self, name: str, config: BinaryIO, weights: BinaryIO, publication: Publication = AT_ONCE
+        self, name: str, files: Mapping[str, BinaryIO], publication: Publication = AT_ONCE
     ) -> AdapterRecord:
-        """Check and publish an adapter from its two files; durable when this returns."""
-        return self._write(
-            "upload", name, lambda stored: self._service.upload_files(stored, config, weights, publication)
-        )
+        """Check and publish an adapter from its files by their names; durable when this returns."""
+        return self._write("upload", name, lambda stored: self._service.upload_files(stored, files, publication))
 
     def upload_archive(self, name: str, archive: BinaryIO, publication: Publication = AT_ONCE) -> AdapterRecord:
         """The same from a zip, tar or tar.gz of the adapter's folder."""

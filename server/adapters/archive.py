@@ -13,15 +13,15 @@ from typing import BinaryIO
 from server.adapters.archive_source import ArchiveLimits, Budget, Gunzip, Member, Metered, library_errors, unsafe
 from server.adapters.archive_tar import tar_members
 from server.adapters.archive_zip import zip_members
-from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME
+from server.adapters.objects import CONFIG_NAME, FILE_NAMES, INITIAL_NAME, WEIGHTS_NAME, remove
 from server.durable import copy_stream, storage_errors
 from server.errors import InvalidAdapterError, TooLargeError
 
 __all__ = ["ArchiveLimits", "read_adapter_archive"]
 
-WANTED = (CONFIG_NAME, WEIGHTS_NAME)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_NAME_CHARS = 1024
+MAX_FOLDERS = 2
 ZIP_MAGIC = b"PK"
 GZIP_MAGIC = b"\x1f\x8b"
 DRIVE = re.compile(r"[A-Za-z]:")
@@ -30,7 +30,8 @@ DRIVE = re.compile(r"[A-Za-z]:")
 def read_adapter_archive(file: BinaryIO, target: Path, limits: ArchiveLimits) -> None:
     """Copy the two adapter files of an archive into `target`, an empty folder, which stays empty if they are refused.
 
-    The files stand at the top of the archive or in one folder; what else the folder holds is skipped.
+    The files stand at the top of the archive or in one folder; what else the folder holds is skipped, but for a folder
+    `initial/` beside them with the two files of the adapter before its training.
 
     Raises:
         InvalidAdapterError: codes `archive_invalid` (broken, or no archive), `archive_unsafe` (names or kinds of
@@ -42,14 +43,14 @@ def read_adapter_archive(file: BinaryIO, target: Path, limits: ArchiveLimits) ->
         with storage_errors():
             _read(file, target, limits)
     except BaseException:
-        for name in WANTED:
-            (target / name).unlink(missing_ok=True)
+        for path in target.iterdir():
+            remove(path)
         raise
 
 
 def _read(file: BinaryIO, target: Path, limits: ArchiveLimits) -> None:
     max_bytes = {CONFIG_NAME: limits.max_config_bytes, WEIGHTS_NAME: limits.max_weights_bytes}
-    folders: dict[str, PurePosixPath] = {}
+    folders: dict[PurePosixPath, Path] = {}  # of the archive, and where each of them is copied to
     has_pickle = False
     for member in _members(file, limits):
         path = _checked_path(member.name)
@@ -57,11 +58,31 @@ def _read(file: BinaryIO, target: Path, limits: ArchiveLimits) -> None:
         if wanted is None:
             has_pickle = has_pickle or path.suffix.lower() in PICKLE_SUFFIXES
             continue
-        if path.name != wanted or wanted in folders or member.data is None:
+        folder = folders.setdefault(path.parent, target / f"part{len(folders)}")
+        folder.mkdir(exist_ok=True)
+        if path.name != wanted or (folder / wanted).exists() or member.data is None:
             raise unsafe(f"{wanted} twice, or something that can be taken for it")
-        folders[wanted] = path.parent
-        copy_stream(member.data, target / wanted, max_bytes[wanted])
-    _check_complete(folders, has_pickle)
+        if len(folders) > MAX_FOLDERS:
+            raise unsafe("adapter files in several folders")
+        copy_stream(member.data, folder / wanted, max_bytes[wanted])
+    _arrange(folders, target, has_pickle=has_pickle)
+
+
+def _arrange(folders: dict[PurePosixPath, Path], target: Path, *, has_pickle: bool) -> None:
+    """Move the files from where they were copied to where they belong."""
+    own = min(folders, key=lambda folder: len(folder.parts), default=PurePosixPath())
+    others = set(folders) - {own, own / INITIAL_NAME}
+    if others:
+        raise unsafe("the adapter's two files in different folders")
+    for folder, copied in sorted(folders.items()):
+        _check_complete({path.name for path in copied.iterdir()}, has_pickle)
+        place = target if folder == own else target / INITIAL_NAME
+        place.mkdir(exist_ok=True)
+        for name in FILE_NAMES:
+            (copied / name).rename(place / name)
+        copied.rmdir()
+    if not folders:
+        _check_complete(set(), has_pickle)
 
 
 def _members(file: BinaryIO, limits: ArchiveLimits) -> Iterator[Member]:
@@ -101,11 +122,11 @@ def _meant(name: str) -> str | None:
     """The wanted file that some system would take this name for: by case, Unicode form, or what it does not show."""
     visible = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
     folded = visible.casefold().rstrip(" .")
-    return folded if folded in WANTED else None
+    return folded if folded in FILE_NAMES else None
 
 
-def _check_complete(folders: dict[str, PurePosixPath], has_pickle: bool) -> None:
-    missing = [name for name in WANTED if name not in folders]
+def _check_complete(names: set[str], has_pickle: bool) -> None:
+    missing = [name for name in FILE_NAMES if name not in names]
     if WEIGHTS_NAME in missing and has_pickle:
         raise InvalidAdapterError(
             "pickle files can run code and are not read; save the adapter with `safe_serialization=True`",
@@ -113,5 +134,3 @@ def _check_complete(folders: dict[str, PurePosixPath], has_pickle: bool) -> None
         )
     if missing:
         raise InvalidAdapterError(f"the archive holds no {missing[0]}", code="adapter_files_missing")
-    if len(set(folders.values())) > 1:
-        raise unsafe("the adapter's two files in different folders")

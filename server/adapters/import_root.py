@@ -1,10 +1,10 @@
-"""The one folder of the server below which clients may name paths."""
+"""The one folder of the server, and the one prefix of an object store, below which clients may name paths."""
 
 from pathlib import Path
 
 from server.errors import InvalidRequestError, NotFoundError
 
-__all__ = ["ImportRoot"]
+__all__ = ["ImportRoot", "check_s3_url"]
 
 
 class ImportRoot:
@@ -37,3 +37,17 @@ class ImportRoot:
         if not is_folder:
             raise NotFoundError("there is no such folder", code="path_not_found", param="path")
         return path
+
+
+def check_s3_url(url: str, root: str | None) -> None:
+    """Refuse an address of an object store that is not below the root.
+
+    Raises:
+        InvalidRequestError: code `path_forbidden`.
+    """
+    if root is None:
+        raise InvalidRequestError("object stores are not read: see --s3-root", code="path_forbidden", param="url")
+    # Some stores keep objects in folders, to which these would mean what they mean there.
+    has_dots = any(part in (".", "..", "") for part in url.removeprefix("s3://").rstrip("/").split("/"))
+    if has_dots or not f"{url}/".startswith(root.rstrip("/") + "/"):
+        raise InvalidRequestError("the address leaves the root (--s3-root)", code="path_forbidden", param="url")

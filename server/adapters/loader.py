@@ -9,9 +9,11 @@ from torch import nn
 
 from lora_core import (
     AdapterWeights,
+    LoraConfig,
     LoraError,
     ModelSlots,
     Part,
+    TensorLedger,
     flatten_parts,
     fold_adapter,
     parse_adapter,
@@ -60,33 +62,53 @@ class AdapterLoader:
             return adapter
         return FoldedAdapter(flatten_parts(adapter.modules, self._flatten_for), adapter.num_bytes)
 
-    def check(self, config_json: bytes, weights: bytes) -> dict[str, Any]:
+    @staticmethod
+    def changes_base(config_json: bytes) -> bool:
+        """It was trained on a base that its initialisation changed; False for one that `check` will refuse anyway."""
+        try:
+            return LoraConfig.from_json(config_json).changes_base
+        except LoraError:
+            return False
+
+    def check(self, config_json: bytes, weights: bytes, *, converted: str = "") -> dict[str, Any]:
         """Check an upload by all that serving it takes, folding included.
 
+        Args:
+            converted: how its A and B came to be, if they are not those that were sent.
+
         Returns:
-            What to tell about it: rank, kind, targets.
+            What to tell about it: rank, kind, targets, and as `report` what becomes of its tensors.
 
         Raises:
-            InvalidAdapterError: naming the first thing that is wrong.
+            InvalidAdapterError: naming the first thing that is wrong; its `details` have the report too.
         """
         adapter = self._parse(config_json, weights)
-        bad = non_finite_tensor(adapter)
-        if bad is not None:
-            raise InvalidAdapterError(f"module {bad!r} holds NaN or infinite values", code="adapter_not_finite")
-        rank = max((part.rank for part in adapter.modules.values()), default=0)
-        if rank > self.max_rank:
-            raise InvalidAdapterError(
-                f"the adapter has rank {rank}, at most {self.max_rank} is allowed", code="adapter_rank_too_large"
-            )
-        folded = self._fold(adapter)
+        ledger = TensorLedger(adapter, converted=converted)
+        try:
+            self._check_values(adapter, ledger)
+            folded = self._fold(adapter, ledger)
+        except InvalidAdapterError as error:
+            error.details = {"report": _report(ledger)}
+            raise
         return {
             "type": "dora" if adapter.config.use_dora else "lora",
-            "rank": rank,
+            "rank": _rank(adapter),
             "rslora": adapter.config.use_rslora,
             "num_modules": len(adapter.modules),
             "folded_bytes": folded.num_bytes,
             "targets": sorted({name.rpartition(".")[2] for name in adapter.modules}),
+            "report": _report(ledger),
         }
+
+    def _check_values(self, adapter: AdapterWeights, ledger: TensorLedger) -> None:
+        bad = non_finite_tensor(adapter)
+        if bad is not None:
+            error = LoraError(f"module {bad!r} holds NaN or infinite values", code="adapter_not_finite")
+            ledger.refuse(bad, error)
+            raise InvalidAdapterError(str(error), code=error.code)
+        if _rank(adapter) > self.max_rank:
+            message = f"the adapter has rank {_rank(adapter)}, at most {self.max_rank} is allowed"
+            raise InvalidAdapterError(message, code="adapter_rank_too_large")
 
     @staticmethod
     def _parse(config_json: bytes, weights: bytes) -> AdapterWeights:
@@ -95,13 +117,30 @@ class AdapterLoader:
         except LoraError as error:
             raise InvalidAdapterError(str(error), code=error.code) from error
 
-    def _fold(self, adapter: AdapterWeights) -> FoldedAdapter:
+    def _fold(self, adapter: AdapterWeights, ledger: TensorLedger | None = None) -> FoldedAdapter:
         try:
-            modules = fold_adapter(adapter, self._model, dtype=self._dtype)
+            modules = fold_adapter(adapter, self._model, dtype=self._dtype, ledger=ledger)
         except LoraError as error:
             raise InvalidAdapterError(str(error), code=error.code) from error
         num_bytes = sum(t.numel() * t.element_size() for folded in modules.values() for t in folded.tensors())
         return FoldedAdapter(modules, num_bytes)
+
+
+def _rank(adapter: AdapterWeights) -> int:
+    return max((part.rank for part in adapter.modules.values()), default=0)
+
+
+def _report(ledger: TensorLedger) -> list[dict[str, Any]]:
+    return [
+        {
+            "tensors": group.tensors,
+            "num_tensors": len(group.names),
+            "outcome": group.outcome,
+            "reason": group.reason,
+            "example": group.names[0],
+        }
+        for group in ledger.groups()
+    ]
 
 
 class BankSlots:

@@ -1,32 +1,27 @@
 """AdapterService: what can be done with adapters by name."""
 
 import logging
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from server.adapters.archive import ArchiveLimits, read_adapter_archive
+from server.adapters.intake import AdapterIntake, Fill
 from server.adapters.lease import Lease, RegistryStats
-from server.adapters.loader import AdapterLoader
 from server.adapters.record import AT_ONCE, Publication
 from server.adapters.registry import AdapterRegistry
-from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterRecord, AdapterStore, History, check_name
+from server.adapters.store import AdapterRecord, AdapterStore, History, check_name
 from server.adapters.tiers import Usage
-from server.durable import copy_stream
-from server.errors import ConflictError, InvalidAdapterError, InvalidRequestError, OverloadedError, ServerError
+from server.errors import ConflictError, InvalidAdapterError, InvalidRequestError, ServerError
 
 __all__ = ["AdapterService", "AdapterView"]
 
 logger = logging.getLogger(__name__)
 
 UNUSED = Usage()
-# Uploads that are checked at once; each holds its adapter in memory a few times over.
-MAX_UPLOADS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +55,16 @@ class AdapterService:
         self,
         store: AdapterStore,
         registry: AdapterRegistry,
-        loader: AdapterLoader,
+        intake: AdapterIntake,
         *,
         base_names: frozenset[str],
-        limits: ArchiveLimits,
+        max_rank: int,
     ) -> None:
         self._store = store
         self._registry = registry
-        self._loader = loader
+        self._intake = intake
+        self._max_rank = max_rank
         self._base_names = base_names
-        self._limits = limits
-        self._uploads = threading.Semaphore(MAX_UPLOADS)
         self.started_at = int(time.time())
 
     def open_lease(self, weights: Mapping[str, float]) -> Lease | None:
@@ -117,42 +111,30 @@ class AdapterService:
         return {record.digest: record.name for record in self._store.records()}
 
     def upload_files(
-        self, name: str, config: BinaryIO, weights: BinaryIO, publication: Publication = AT_ONCE
+        self, name: str, files: Mapping[str, BinaryIO], publication: Publication = AT_ONCE
     ) -> AdapterRecord:
-        """Check and publish an adapter from its two files; durable when this returns.
+        """Check and publish an adapter from its files by their names; durable when this returns.
 
         Raises:
             InvalidAdapterError, InvalidRequestError, TooLargeError: it is refused.
             ConflictError: another generation is current than expected.
             StorageFullError, UnavailableError: it cannot be kept.
         """
-
-        def fill(folder: Path) -> None:
-            copy_stream(config, folder / CONFIG_NAME, self._limits.max_config_bytes)
-            copy_stream(weights, folder / WEIGHTS_NAME, self._limits.max_weights_bytes)
-
-        return self._upload(name, fill, publication)
+        return self._upload(name, self._intake.from_files(files), publication)
 
     def upload_archive(self, name: str, archive: BinaryIO, publication: Publication = AT_ONCE) -> AdapterRecord:
         """The same from a zip, tar or tar.gz of the adapter's folder."""
-        return self._upload(name, lambda folder: read_adapter_archive(archive, folder, self._limits), publication)
+        return self._upload(name, self._intake.from_archive(archive), publication)
 
-    def import_folder(self, name: str, source: Path, publication: Publication = AT_ONCE) -> AdapterRecord:
-        """The same from a folder of this machine, named by whoever runs the server; waits for its turn."""
-        if not (source / CONFIG_NAME).is_file() or not (source / WEIGHTS_NAME).is_file():
-            raise InvalidAdapterError(
-                f"{source} does not hold {CONFIG_NAME} and {WEIGHTS_NAME}", code="adapter_files_missing"
-            )
+    def import_folder(
+        self, name: str, source: Path, publication: Publication = AT_ONCE, *, converted: str = ""
+    ) -> AdapterRecord:
+        """The same from a folder of this machine, named by whoever runs the server; waits for its turn.
 
-        def fill(folder: Path) -> None:
-            for file_name, max_bytes in (
-                (CONFIG_NAME, self._limits.max_config_bytes),
-                (WEIGHTS_NAME, self._limits.max_weights_bytes),
-            ):
-                with (source / file_name).open("rb") as file:
-                    copy_stream(file, folder / file_name, max_bytes)
-
-        return self._upload(name, fill, publication, waits=True)
+        Args:
+            converted: how it was made plain before it came here.
+        """
+        return self._upload(name, self._intake.from_folder(source), publication, converted=converted, waits=True)
 
     def delete(self, name: str, *, expected_generation: int | None = None) -> AdapterRecord:
         """Hide an adapter at once; its bytes go when the last request that uses them has ended."""
@@ -191,7 +173,7 @@ class AdapterService:
 
     @property
     def max_rank(self) -> int:
-        return self._loader.max_rank
+        return self._max_rank
 
     def peek(self, name: str) -> History:
         """All that is kept under a name, which may be nothing."""
@@ -279,17 +261,12 @@ class AdapterService:
             raise InvalidRequestError(f"{name!r} names the base model", code="adapter_name_invalid", param="name")
 
     def _upload(
-        self, name: str, fill: Callable[[Path], None], publication: Publication, *, waits: bool = False
+        self, name: str, fill: Fill, publication: Publication, *, converted: str = "", waits: bool = False
     ) -> AdapterRecord:
         self.check_name(name)
-        with self._store.staging_folder() as folder:
-            fill(folder)
-            if not self._uploads.acquire(blocking=waits):
-                raise OverloadedError("other uploads are being checked", code="uploads_busy")
-            try:
-                details = self._loader.check((folder / CONFIG_NAME).read_bytes(), (folder / WEIGHTS_NAME).read_bytes())
-            finally:
-                self._uploads.release()
+        with self._store.staging_folder() as staged:
+            fill(staged)
+            folder, details = self._intake.check(staged, converted=converted, waits=waits)
             if details["folded_bytes"] > self._registry.max_slot_bytes:
                 raise InvalidAdapterError(
                     f"the adapter takes {details['folded_bytes']} bytes in memory, all slots together have "

@@ -10,7 +10,7 @@ from fastapi.responses import Response
 from server.api.dependencies import Jobs
 from server.api.sse import EventStream, event
 from server.jobs.queue import JobQueue
-from server.schemas.jobs import JobInfo, JobList, JobRequest, UnsupportedJob
+from server.schemas.jobs import JobInfo, JobList, JobRequest
 
 __all__ = ["router"]
 
@@ -22,8 +22,6 @@ POLL_S = 0.1
 @router.post("", status_code=202)
 async def submit(body: Annotated[JobRequest, Body()], jobs: Jobs) -> JobInfo:
     """Queue a job. 202 means that it is safe on disk; what comes of it appears at once or not at all."""
-    if isinstance(body, UnsupportedJob):
-        body.refuse()
     options = body.model_dump(exclude={"kind"})
     return JobInfo.of(await asyncio.to_thread(jobs.submit, body.kind, options))
 

@@ -83,16 +83,16 @@ def _load(body: LoadRequest, adapters: AdapterService, imports: ImportRoot) -> N
     folder = imports.folder(body.lora_path)
     if not all((folder / name).is_file() for name in FILE_NAMES):
         raise NotFoundError("there is no adapter in this folder", code="path_not_found", param="lora_path")
-    current = adapters.peek(body.lora_name).current_record
-    if current is not None and digest_of(folder) == current.digest:
+    current, digest = adapters.peek(body.lora_name).current_record, digest_of(folder)
+    if current is not None and digest in (current.digest, current.source.get("sent_digest")):
         return  # a retry
     expected = _expected(body, adapters)
     if not body.load_inplace and expected is None:
         expected = 0
+    # A converted adapter's own digest is another than that of what was sent.
+    source = {"kind": "path", "sent_digest": digest}
     try:
-        adapters.import_folder(
-            body.lora_name, folder, Publication(expected_generation=expected, source={"kind": "path"})
-        )
+        adapters.import_folder(body.lora_name, folder, Publication(expected_generation=expected, source=source))
     except ConflictError as error:
         if body.expected_generation is not None:
             raise

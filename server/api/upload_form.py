@@ -10,8 +10,8 @@ from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from server.adapters.record import Publication
-from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterRecord
+from server.adapters.objects import CONFIG_NAME, FILE_NAMES, INITIAL_NAME, WEIGHTS_NAME
+from server.adapters.record import AdapterRecord, Publication
 from server.errors import InvalidAdapterError, InvalidRequestError
 from server.tenancy import CallerAdapters
 
@@ -35,12 +35,21 @@ FILES = {
     "items": {"type": "string", "format": "binary"},
     "description": f"{CONFIG_NAME} and {WEIGHTS_NAME}, or one zip, tar or tar.gz of the folder",
 }
+INITIAL = {
+    "type": "array",
+    "items": {"type": "string", "format": "binary"},
+    "description": "the same two files as they were before training, for adapters of a changed base (PiSSA, CorDA, …)",
+}
 OPENAPI_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {
             "multipart/form-data": {
-                "schema": {"type": "object", "required": ["name"], "properties": FIELDS | {"files": FILES}}
+                "schema": {
+                    "type": "object",
+                    "required": ["name"],
+                    "properties": FIELDS | {"files": FILES, INITIAL_NAME: INITIAL},
+                }
             }
         },
     }
@@ -49,7 +58,7 @@ OPENAPI_BODY: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class UploadForm:
-    """What was sent: `files` by their names."""
+    """What was sent: `files` by their names, those of the field `initial` with that as their folder."""
 
     name: str
     publication: Publication
@@ -62,17 +71,20 @@ class UploadForm:
             ServerError: it is refused or cannot be kept.
         """
         names = set(self.files)
-        if names == {CONFIG_NAME, WEIGHTS_NAME}:
-            return adapters.upload_files(self.name, self.files[CONFIG_NAME], self.files[WEIGHTS_NAME], self.publication)
+        own, initial = set(FILE_NAMES), {f"{INITIAL_NAME}/{name}" for name in FILE_NAMES}
+        if names in (own, own | initial):
+            return adapters.upload_files(self.name, self.files, self.publication)
         if any(name.lower().endswith(PICKLE_SUFFIXES) for name in names):
             raise InvalidAdapterError(
                 "pickle files can run code and are not read; save the adapter with `safe_serialization=True`",
                 code="adapter_pickle",
             )
-        if len(names) == 1 and not names & {CONFIG_NAME, WEIGHTS_NAME}:
+        if len(names) == 1 and not names & (own | initial):
             return adapters.upload_archive(self.name, next(iter(self.files.values())), self.publication)
         raise InvalidAdapterError(
-            f"send {CONFIG_NAME} and {WEIGHTS_NAME}, or one archive of the folder", code="adapter_files_missing"
+            f"send {CONFIG_NAME} and {WEIGHTS_NAME}, both of them again as `{INITIAL_NAME}` if need be, or one archive "
+            "of the folder",
+            code="adapter_files_missing",
         )
 
 
@@ -95,7 +107,8 @@ async def read_upload_form(request: Request) -> AsyncIterator[UploadForm]:
         files: dict[str, BinaryIO] = {}
         for key, value in form.multi_items():
             if isinstance(value, UploadFile):
-                _add_once(files, value.filename or "", value.file)
+                folder = f"{INITIAL_NAME}/" if key == INITIAL_NAME else ""
+                _add_once(files, folder + (value.filename or ""), value.file)
             elif key not in FIELDS:
                 raise InvalidRequestError(f"the form has no field {key[:80]!a}", code="multipart_invalid")
             else:

@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from server.errors import InvalidRequestError, NotFoundError
 __all__ = ["KeyFile"]
 
 REREAD_S = 1.0
+DEFAULT_WEIGHT = 1.0
 FORMAT = 1
 
 
@@ -41,6 +42,7 @@ class KeyFile:
         self._clock = clock
         self._lock = threading.Lock()
         self._by_hash: dict[str, KeyRecord] = {}
+        self._weights: dict[str, float] = {}
         self._stamp: tuple[int, int, int] | None = None
         self._looked_s = float("-inf")
 
@@ -71,6 +73,10 @@ class KeyFile:
     def records(self) -> list[KeyRecord]:
         """All keys, oldest first."""
         return sorted(self._by_hash.values(), key=lambda record: (record.created_at, record.key_id))
+
+    def weight_of(self, tenant: str) -> float:
+        """A tenant's share of the engine, "" for callers without one: the highest weight of its keys."""
+        return self._weights.get(tenant, DEFAULT_WEIGHT)
 
     def add(self, record: KeyRecord) -> None:
         """Add a key; on the disk when this returns.
@@ -144,4 +150,15 @@ class KeyFile:
         if contents.format != FORMAT:
             raise InvalidRequestError(f"{self.path} has the unknown format {contents.format}", code="keys_invalid")
         self._by_hash = {record.sha256: record for record in contents.keys}
+        self._weights = _weights(contents.keys)
         self._stamp = stamp
+
+
+def _weights(records: Iterable[KeyRecord]) -> dict[str, float]:
+    """The highest weight of each tenant that has one."""
+    weights: dict[str, float] = {}
+    for record in records:
+        if record.limits.weight is not None:
+            tenant = record.tenant or ""
+            weights[tenant] = max(weights.get(tenant, 0.0), record.limits.weight)
+    return weights

@@ -33,6 +33,7 @@ class KeyLimits(BaseModel):
     """How much a key may ask for; None for no limit.
 
     Attributes:
+        weight: its tenant's share of the engine when all are busy; a tenant's highest counts, 1 by default.
         tokens_per_minute: of prompts and outputs together. The request that crosses the limit is still answered; the
             next ones wait until it is paid off.
         max_concurrent: requests at once.
@@ -40,6 +41,7 @@ class KeyLimits(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    weight: float | None = Field(None, ge=0.01, le=100, allow_inf_nan=False)
     requests_per_minute: int | None = Field(None, ge=1, le=10**9)
     tokens_per_minute: int | None = Field(None, ge=1, le=10**12)
     max_concurrent: int | None = Field(None, ge=1, le=10**6)

@@ -33,6 +33,9 @@ def create(
     scope: Annotated[list[Scope], typer.Option("--scope", help="Repeatable.")],
     tenant: Annotated[str | None, typer.Option("--tenant", help="It sees this tenant's adapters.")] = None,
     adapter: Annotated[list[str] | None, typer.Option("--adapter", help="Name or pattern; repeatable.")] = None,
+    weight: Annotated[
+        float | None, typer.Option(min=0.01, max=100, help="Its tenant's share when all are busy.")
+    ] = None,
     requests_per_minute: Annotated[int | None, typer.Option(min=1)] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(min=1)] = None,
     max_concurrent: Annotated[int | None, typer.Option(min=1)] = None,
@@ -44,6 +47,7 @@ def create(
 ) -> None:
     """Make a key. Its secret goes to standard output, this one time."""
     limits = {
+        "weight": weight,
         "requests_per_minute": requests_per_minute,
         "tokens_per_minute": tokens_per_minute,
         "max_concurrent": max_concurrent,

@@ -98,6 +98,9 @@ def serve(
         Path | None, option("--import-root", "Folder under which paths in requests must lie; none are taken without.")
     ] = None,
     allow_hub: Annotated[bool, option("--allow-hub", "Let jobs fetch adapters from the Hugging Face hub.")] = False,
+    s3_root: Annotated[
+        str | None, option("--s3-root", "s3://bucket/prefix from below which jobs may fetch adapters; none without.")
+    ] = None,
     max_json_bytes: Annotated[int, size_option("--max-json-bytes", "Largest JSON body.")] = DEFAULTS.max_json_bytes,
     max_upload_bytes: Annotated[
         int, size_option("--max-upload-bytes", "Largest adapter upload.")

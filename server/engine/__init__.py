@@ -1,5 +1,6 @@
 """Continuous batching over one model and many adapters. The import surface of the engine."""
 
+from server.engine.fairness import Fairness
 from server.engine.loop import EngineLoop, EngineStats
 from server.engine.ports import AdapterLease, TokenConstraint, TokenText
 from server.engine.request import (
@@ -21,6 +22,7 @@ __all__ = [
     "EngineStats",
     "Event",
     "Failed",
+    "Fairness",
     "FinishReason",
     "Finished",
     "GenerationRequest",

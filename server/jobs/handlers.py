@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from server.adapters.import_root import ImportRoot
+from server.adapters.import_root import ImportRoot, check_s3_url
+from server.adapters.objects import CONFIG_NAME, WEIGHTS_NAME
 from server.adapters.record import Publication
 from server.adapters.service import AdapterService
 from server.adapters.store import AdapterRecord, AdapterStore
@@ -15,13 +17,34 @@ from server.failpoints import failpoint
 from server.jobs.process import WorkProcess
 from server.jobs.record import JobRecord
 
-__all__ = ["AdapterJobs"]
+__all__ = ["AdapterJobs", "ServedWeights"]
 
 # Options that are no business of the work, but of its publication.
 PUBLICATION_OPTIONS = ("name", "expected_generation", "promote", "labels", "note")
 # Of a mix, what is no option of `add_weighted_adapter`; of the other kinds, what the work needs as it is.
 NOT_FOR_MIXING = (*PUBLICATION_OPTIONS, "adapters", "seed")
-TASK_OPTIONS = ("rank", "repo", "revision", "safe_merge", "target_modules")
+TASK_OPTIONS = ("judge", "prompts", "rank", "repo", "revision", "safe_merge", "target_modules", "url")
+# Kinds of jobs that are about what quantizing the base took.
+FOR_QUANTIZED = ("loftq", "loftq-compensation")
+
+
+@dataclass(frozen=True, slots=True)
+class ServedWeights:
+    """In what form the server holds the base's linear layers.
+
+    Attributes:
+        kind: "nf4", "fp4", "int8", or "none".
+        double_quant: with 4 bits, their scales are quantized too.
+        dtype: name of the dtype that is computed in.
+    """
+
+    kind: str = "none"
+    double_quant: bool = False
+    dtype: str = "bfloat16"
+
+
+UNQUANTIZED = ServedWeights()
+ANY_SIZE = {CONFIG_NAME: 1 << 20, WEIGHTS_NAME: 1 << 40}
 
 
 class AdapterJobs:
@@ -32,6 +55,9 @@ class AdapterJobs:
         exports: where merged models go, one folder each.
         imports: resolves the paths in jobs.
         allow_hub: adapters may be fetched from the Hugging Face hub.
+        s3_root: `s3://bucket/prefix` below which they may be fetched from an object store, if at all.
+        max_bytes: of each fetched file, by its name.
+        served: how the base is held.
     """
 
     def __init__(
@@ -43,6 +69,9 @@ class AdapterJobs:
         exports: Path,
         imports: ImportRoot,
         allow_hub: bool,
+        s3_root: str | None = None,
+        max_bytes: Mapping[str, int] = ANY_SIZE,
+        served: ServedWeights = UNQUANTIZED,
     ) -> None:
         self._adapters = adapters
         self._store = store
@@ -50,6 +79,9 @@ class AdapterJobs:
         self._exports = exports
         self._imports = imports
         self._allow_hub = allow_hub
+        self._s3_root = s3_root
+        self._max_bytes = max_bytes
+        self._served = served
 
     def resolve(self, kind: str, options: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         """See `JobHandler.resolve`."""
@@ -61,6 +93,14 @@ class AdapterJobs:
         if options.get("repo") and not self._allow_hub:
             raise InvalidRequestError(
                 "fetching from the hub is off: see --allow-hub", code="not_supported", param="repo"
+            )
+        if options.get("url"):
+            check_s3_url(options["url"], self._s3_root)
+        if kind in FOR_QUANTIZED and self._served.kind == "none" and not options.get("quantization"):
+            raise InvalidRequestError(
+                "the served base is not quantized: say for which `quantization` this is meant",
+                code="not_supported",
+                param="quantization",
             )
         if kind == "verify" and not options["adapters"]:
             return [_input(record) for history in self._store.histories() for record in history.generations]
@@ -86,8 +126,10 @@ class AdapterJobs:
         folders = [str(self._store.folder_of(one["digest"])) for one in record.inputs]
         task: dict[str, Any] = {"kind": kind, "base": str(self._base), "out": str(folder / "out")}
         task |= {"adapters": folders, "inputs": list(record.inputs)}
+        if kind in ("mix", "merge"):
+            task["weights"] = [one["weight"] for one in options["adapters"]]
         if kind == "mix":
-            task |= {"weights": [one["weight"] for one in options["adapters"]], "seed": options["seed"]}
+            task["seed"] = options["seed"]
             task["options"] = {key: value for key, value in options.items() if key not in NOT_FOR_MIXING}
             return task
         for key, name in (("path", "path"), ("initial_path", "initial")):
@@ -96,6 +138,11 @@ class AdapterJobs:
         task |= {key: options[key] for key in TASK_OPTIONS if key in options}
         if kind == "convert":
             task["adapter"] = folders[0] if folders else task["path"]
+        if kind == "import":
+            task["max_bytes"] = dict(self._max_bytes)
+        if kind in FOR_QUANTIZED:
+            served = replace(self._served, kind=options.get("quantization") or self._served.kind)
+            task["quantization"] = asdict(served)
         if kind == "extract":
             task["tuned"] = task["path"]
         return task
@@ -111,7 +158,8 @@ class AdapterJobs:
             note=options.get("note"),
             source=source | {"result": dict(result)},
         )
-        return self._adapters.import_folder(options["name"], folder, publication)
+        converted = result.get("converted") or ""
+        return self._adapters.import_folder(options["name"], folder, publication, converted=converted)
 
     def _export(self, folder: Path, job_id: str) -> None:
         """Move a finished model folder to the exports, durably."""
@@ -142,9 +190,9 @@ class AdapterJobs:
 
 
 def _names(kind: str, options: Mapping[str, Any]) -> list[str]:
-    if kind == "mix":
+    if kind in ("mix", "merge"):
         return [one["name"] for one in options["adapters"]]
-    if kind in ("merge", "verify"):
+    if kind == "verify":
         return list(options["adapters"])
     return [options["adapter"]] if options.get("adapter") else []
 

@@ -1,14 +1,13 @@
 """Bodies of `/admin/jobs`: one model for each kind; unknown fields are refused."""
 
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
-from server.errors import InvalidRequestError
 from server.jobs.queue import JobView
 from server.schemas.admin import AdminBody
 
-__all__ = ["JobInfo", "JobList", "JobRequest", "UnsupportedJob"]
+__all__ = ["JobInfo", "JobList", "JobRequest"]
 
 Reference = Annotated[str, Field(min_length=1, max_length=160)]
 FolderPath = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -78,7 +77,7 @@ class ExtractJob(_Publishing):
 
 
 class ImportJob(_Publishing):
-    """Bring an adapter in from a folder below the import root, or from the Hugging Face hub at a pinned revision."""
+    """Bring an adapter in: from a folder below the import root, the Hugging Face hub, or an object store."""
 
     kind: Literal["import"]
     path: FolderPath | None = None
@@ -86,21 +85,33 @@ class ImportJob(_Publishing):
     repo: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$")
     revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$", description="a commit, in full")
 
+    url: str | None = Field(
+        None,
+        max_length=1024,
+        pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\x00-\x1f\x7f]*)?$",
+        description="`s3://bucket/prefix` of an adapter's folder",
+    )
+
     @model_validator(mode="after")
     def _one_source(self) -> "ImportJob":
-        if (self.path is None) == (self.repo is None):
-            raise ValueError("give either `path` or `repo`")
+        if sum(source is not None for source in (self.path, self.repo, self.url)) != 1:
+            raise ValueError("give one of `path`, `repo` and `url`")
         if (self.repo is None) != (self.revision is None):
             raise ValueError("`repo` needs a `revision`, a full commit id")
         return self
 
 
 class MergeJob(AdminBody):
-    """Merge adapters, each with weight 1, into the base: a model folder of its own, below `exports/` in the store."""
+    """Merge adapters with their weights into the base: a model folder of its own, below `exports/` in the store."""
 
     kind: Literal["merge"]
-    adapters: list[Reference] = Field(min_length=1, max_length=64)
+    adapters: list[MixSource] = Field(min_length=1, max_length=64, description="a bare name has the weight 1")
     safe_merge: bool = True
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _bare_names(cls, value: Any) -> Any:
+        return [{"name": one} if isinstance(one, str) else one for one in value] if isinstance(value, list) else value
 
 
 class VerifyJob(AdminBody):
@@ -110,19 +121,47 @@ class VerifyJob(AdminBody):
     adapters: list[Reference] = Field(default_factory=list, max_length=1000)
 
 
-class UnsupportedJob(BaseModel):
-    """Kinds that are known and not there yet: refused by name."""
+class _Quantized(_Publishing):
+    """For a served base that is quantized, or one that is not and will be."""
 
-    kind: Literal["loftq", "loftq-compensation"]
+    quantization: Literal["nf4", "fp4", "int8"] | None = Field(None, description="that of the served base by default")
+    prompts: list[Annotated[str, Field(min_length=1, max_length=1 << 16)]] | None = Field(
+        None, min_length=1, max_length=64, description="texts of the kind that is asked; a few of our own by default"
+    )
 
-    def refuse(self) -> NoReturn:
-        """Raises InvalidRequestError, code `not_supported`."""
-        message = f"jobs of kind {self.kind!r} are not supported: they need a quantized served base"
-        raise InvalidRequestError(message, code="not_supported", param="kind")
+
+class LoftQJob(_Quantized):
+    """Set an adapter's A and B to what quantizing the base took from its layers, as a start for training beside it."""
+
+    kind: Literal["loftq"]
+    adapter: Reference | None = Field(None, description="whose factors are replaced; else a new one is made")
+    rank: Rank | None = Field(None, description="of a new adapter")
+    target_modules: list[Annotated[str, Field(min_length=1, max_length=256)]] | None = Field(
+        None, min_length=1, max_length=256, description="of a new adapter; all linear layers by default"
+    )
+    judge: bool = Field(
+        True, description="keep only the modules that bring the prompts' next-token distributions nearer"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "LoftQJob":
+        if (self.adapter is None) == (self.rank is None):
+            raise ValueError("give either `adapter` or the `rank` of a new one")
+        if self.adapter is not None and self.target_modules is not None:
+            raise ValueError("`target_modules` are those of the adapter")
+        return self
+
+
+class CompensationJob(_Quantized):
+    """Make an adapter that gives back what quantizing the base took, mixed at weight 1 into any request."""
+
+    kind: Literal["loftq-compensation"]
+    rank: Rank
 
 
 JobRequest = Annotated[
-    MixJob | ConvertJob | ExtractJob | ImportJob | MergeJob | VerifyJob | UnsupportedJob, Field(discriminator="kind")
+    MixJob | ConvertJob | ExtractJob | ImportJob | MergeJob | VerifyJob | LoftQJob | CompensationJob,
+    Field(discriminator="kind"),
 ]
 
 

@@ -66,6 +66,27 @@ def test_archives_of_tools_are_read(kind: str, members: Entries, target: Path) -
     assert read(BUILDERS[kind](members), target) == FILES
 
 
+@pytest.mark.parametrize("kind", BUILDERS)
+@pytest.mark.parametrize("folder", ["", "mine/", "initial/"])
+def test_the_adapter_before_its_training_is_read_too(kind: str, folder: str, target: Path) -> None:
+    before = [(f"{folder}initial/{name}", data[::-1]) for name, data in PLAIN]
+    target.mkdir()
+    read_adapter_archive(io.BytesIO(BUILDERS[kind](before + entries(folder))), target, ArchiveLimits())
+    assert {name: (target / name).read_bytes() for name in FILES} == FILES
+    assert {name: (target / "initial" / name).read_bytes() for name in FILES} == {n: d[::-1] for n, d in PLAIN}
+    assert sorted(os.listdir(target)) == sorted([*FILES, "initial"])
+
+
+@pytest.mark.parametrize("others", ["other/", "mine/sub/initial/", "mine/Initial/"])
+def test_files_of_a_second_adapter_are_refused(others: str, target: Path) -> None:
+    assert refused(zipped(entries("mine/") + entries(others)), target).code == "archive_unsafe"
+
+
+def test_half_of_the_adapter_before_its_training_is_refused(target: Path) -> None:
+    members = [*entries("mine/"), ("mine/initial/adapter_config.json", b"{}")]
+    assert refused(zipped(members), target).code == "adapter_files_missing"
+
+
 def test_a_folder_as_tar_and_zip_libraries_pack_it(tmp_path: Path, target: Path) -> None:
     """With modes, owners and times of real files, which GNU tar and git write in extended headers."""
     folder = tmp_path / "my-adapter"

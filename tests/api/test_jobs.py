@@ -64,7 +64,7 @@ def test_a_job_is_cancelled_while_it_works(client: httpx.Client) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "unknown kind": ({"kind": "nothing"}, 422, "invalid_value"),
     "no kind": ({}, 422, "invalid_value"),
-    "a kind that is known": ({"kind": "loftq", "name": "x"}, 422, "not_supported"),
+    "for a base that is not quantized": ({"kind": "loftq-compensation", "name": "x", "rank": 4}, 422, "not_supported"),
     "unknown field": ({"kind": "verify", "x": 1}, 422, "invalid_value"),
     "unknown adapter": ({"kind": "verify", "adapters": ["unknown"]}, 404, "adapter_not_found"),
     "unknown combination": (

@@ -8,9 +8,13 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import load_file, save
 
 from tests.api.conftest import Live
 from tests.api.test_generations import generate
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture
@@ -52,6 +56,20 @@ def test_loading_and_unloading_again_and_again(live: Live, client: httpx.Client,
         )
     assert generate(client, "v").status_code == 404
     assert outcome(unload(client, "never")) == (404, "adapter_not_found")
+
+
+def test_a_retry_for_an_adapter_that_was_converted_is_harmless(live: Live, client: httpx.Client, root: Path) -> None:
+    initial = shutil.copytree(live.folders["rank4"], root / "trained" / "initial")
+    shutil.copytree(live.folders["rank4"], root / "trained", dirs_exist_ok=True)
+    zeros = {key: torch.zeros_like(value) for key, value in load_file(initial / WEIGHTS).items()}
+    (initial / WEIGHTS).write_bytes(save(zeros))
+    for _ in range(2):
+        assert load(client, "c", "trained").status_code == 200
+    shown = client.get("/admin/adapters/c").json()
+    assert (shown["generation"], shown["details"]["rank"]) == (1, 8)
+    assert {group["outcome"] for group in shown["details"]["report"]} == {"converted"}
+    assert generate(client, "c").json()["generated_text"] == live.expected("rank4", "Hello", 6)[1]
+    assert unload(client, "c").status_code == 200
 
 
 def test_generations_as_numbers_and_as_digests(client: httpx.Client, root: Path) -> None:

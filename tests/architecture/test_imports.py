@@ -37,6 +37,7 @@ EXTERNAL: dict[str, set[str]] = {
     "server.jobs": set(),
     "server.jobs.worker": {"torch"},
     "server.jobs.tasks": {"huggingface_hub", "safetensors", "torch", "transformers"},
+    "server.jobs.tasks.s3": {"boto3", "botocore"},
     "server.leases": set(),
     "server.memory": set(),
     "server.metrics": {"prometheus_client"},

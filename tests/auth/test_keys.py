@@ -134,6 +134,8 @@ def test_many_writers_lose_nothing(tmp_path: Path) -> None:
         {"adapters": ["a b"]},
         {"expires_at": datetime(2030, 1, 1)},
         {"limits": {"max_concurrent": 0}},
+        {"limits": {"weight": 0}},
+        {"limits": {"weight": float("nan")}},
     ],
     ids=repr,
 )
@@ -147,3 +149,19 @@ def test_a_collision_of_records_is_no_way_in() -> None:
     assert find_key({record.sha256: record}, secret.encode()) is record
     other, _ = new_key("y", [Scope.GENERATE])
     assert find_key({record.sha256: other}, secret.encode()) is None
+
+
+def test_a_tenant_has_the_highest_weight_of_its_keys(tmp_path: Path) -> None:
+    keys = KeyFile(tmp_path / "keys.json")
+    for name, tenant, weight in (
+        ("x", "a", 2.0),
+        ("y", "a", 5.0),
+        ("z", "a", None),
+        ("u", "b", None),
+        ("v", None, 0.5),
+    ):
+        keys.add(new_key(name, [Scope.GENERATE], tenant=tenant, limits=KeyLimits(weight=weight))[0])
+    assert [keys.weight_of(tenant) for tenant in ("a", "b", "", "unknown")] == [5.0, 1.0, 0.5, 1.0]
+    heaviest = next(record for record in keys.records() if record.name == "y")
+    keys.remove(heaviest.key_id)
+    assert keys.weight_of("a") == 2.0

@@ -1,6 +1,8 @@
 """Tenants: each sees its own adapters and the public ones; the others' do not exist."""
 
+import random
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -159,6 +161,52 @@ def test_the_engine_is_told_whose_a_request_is(guarded: Guarded, monkeypatch: py
         with guarded.client(key) as client:
             assert generate(client, "public").status_code == 200
     assert tenants == ["a", "b", ""]
+
+
+def test_prefixes_are_shared_within_a_tenant_and_never_across(guarded: Guarded) -> None:
+    prompt = (
+        f"{random.randrange(10**9)} What is the capital of France? The quick brown fox jumps over the lazy dog. " * 2
+    )
+
+    def num_hit_tokens(key: str) -> int:
+        before = guarded.server.engine.stats.num_prefix_hit_tokens
+        with guarded.client(key) as client:
+            assert generate(client, "shared", prompt).status_code == 200
+        return guarded.server.engine.stats.num_prefix_hit_tokens - before
+
+    digests = set()
+    for key in ("a", "b"):
+        with guarded.client(key) as client:
+            digests.add(upload(client, "shared", guarded.folders["rank16"]).json()["digest"])
+    assert len(digests) == 1, "both tenants have the same contents"
+    assert num_hit_tokens("a") == 0
+    assert num_hit_tokens("b") == 0, "a tenant's prompt was found by another"
+    assert num_hit_tokens("a") > 0
+    assert num_hit_tokens("b") > 0
+    for key in ("a", "b"):
+        with guarded.client(key) as client:
+            assert client.delete("/admin/adapters/shared").status_code == 200
+
+
+def test_a_tenants_weight_is_its_share_of_the_engine(guarded: Guarded) -> None:
+    guarded.add_key("light", [Scope.GENERATE], tenant="light")
+    guarded.add_key("heavy", [Scope.GENERATE], tenant="heavy", limits=KeyLimits(weight=50.0))
+    assert guarded.server.keys is not None
+    assert (guarded.server.keys.weight_of("light"), guarded.server.keys.weight_of("heavy")) == (1.0, 50.0)
+    ended: list[str] = []
+
+    def ask(key: str) -> None:
+        parameters = {"max_new_tokens": 40, "ignore_eos_token": True}
+        with guarded.client(key) as client:
+            assert client.post("/generate", json={"inputs": "Hello", "parameters": parameters}).status_code == 200
+        ended.append(key)
+
+    threads = [threading.Thread(target=ask, args=[key]) for key in ["light"] * 32 + ["heavy"] * 32]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ended[-12:].count("light") > 8, ended
 
 
 def test_limits_are_held(guarded: Guarded) -> None:

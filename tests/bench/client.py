@@ -24,6 +24,7 @@ class Job:
     num_new: int
     num_prompt: int
     at_s: float = 0.0
+    api_key: str = ""
 
 
 @dataclass
@@ -66,8 +67,9 @@ async def _run(url: str, result: Result) -> None:
     body = json.dumps(job.body).encode()
     head = (
         f"POST {job.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n"
     )
+    head += f"Authorization: Bearer {job.api_key}\r\n\r\n" if job.api_key else "\r\n"
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     result.sent_s = time.perf_counter()
     writer.write(head.encode() + body)

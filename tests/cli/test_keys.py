@@ -26,9 +26,21 @@ def test_keys_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     record = keys.find(secret.encode())
     assert record is not None
     assert record.scopes == {Scope.ADMIN}
-    flags = ("--scope", "generate", "--scope", "adapters:read", "--tenant", "acme", "--max-concurrent", 3)
+    flags = (
+        "--scope",
+        "generate",
+        "--scope",
+        "adapters:read",
+        "--tenant",
+        "acme",
+        "--max-concurrent",
+        3,
+        "--weight",
+        2.5,
+    )
     made = json.loads(run("keys", "create", "app", *flags, "--expires", "2040-01-01", "--file", path, "--json"))
     assert (made["tenant"], made["limits"]["max_concurrent"]) == ("acme", 3)
+    assert made["limits"]["weight"] == 2.5
     assert made["expires_at"].startswith(("2040-01-01", "2039-12-31"))
     listed = json.loads(run("keys", "ls", "--file", path, "--json"))
     assert [key["name"] for key in listed] == ["root", "app"]

@@ -40,20 +40,20 @@ class Publisher:
 
     def check_name(self, name: str) -> None: ...
 
-    def import_folder(self, name: str, folder: Path, publication: Publication) -> AdapterRecord:
+    def import_folder(self, name: str, folder: Path, publication: Publication, *, converted: str = "") -> AdapterRecord:
         with self._store.staging_folder() as staged:
             for file_name in (CONFIG_NAME, WEIGHTS_NAME):
                 (staged / file_name).write_bytes((folder / file_name).read_bytes())
             return self._store.publish(name, staged, {}, publication)
 
 
-def opened(root: Path) -> tuple[AdapterStore, JobQueue]:
+def opened(root: Path, make_process: Callable[[], WorkProcess] = Writer) -> tuple[AdapterStore, JobQueue]:
     store = AdapterStore(root)
     store.open()
     handler = AdapterJobs(
         Publisher(store), store, base=root, exports=root / "exports", imports=ImportRoot(None), allow_hub=False
     )
-    queue = JobQueue(JobStore(root / "jobs"), handler, make_process=Writer)
+    queue = JobQueue(JobStore(root / "jobs"), handler, make_process=make_process)
     queue.open()
     return store, queue
 

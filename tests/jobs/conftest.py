@@ -15,13 +15,15 @@ from pydantic import TypeAdapter
 from lora_core import LoraError
 from server.adapters.archive import ArchiveLimits
 from server.adapters.import_root import ImportRoot
+from server.adapters.intake import AdapterIntake
 from server.adapters.loader import AdapterLoader, BankSlots
 from server.adapters.record import AT_ONCE
 from server.adapters.registry import AdapterRegistry
 from server.adapters.service import AdapterService
 from server.adapters.store import AdapterStore
 from server.engine import EngineConfig, load_runner
-from server.jobs.handlers import AdapterJobs
+from server.jobs.conversion import ConversionProcess
+from server.jobs.handlers import AdapterJobs, ServedWeights
 from server.jobs.process import JobFailedError, WorkProcess
 from server.jobs.queue import JobQueue, JobView
 from server.jobs.record import JobState
@@ -87,6 +89,14 @@ class Shop:
         return self.store.folder_of(self.store.get(name).digest)
 
 
+@pytest.fixture
+def seed() -> int:
+    """A fresh seed; printed, so that a failure can be repeated."""
+    value = random.randrange(1 << 30)
+    print(f"seed {value}")
+    return value
+
+
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
     root = tmp_path_factory.mktemp("jobs")
@@ -112,7 +122,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
         max_host_bytes=1 << 30,
         on_change=lambda: None,
     )
-    adapters = AdapterService(store, registry, loader, base_names=frozenset({"tiny"}), limits=ArchiveLimits())
+    intake = AdapterIntake(loader, ConversionProcess(root / "base", InlineProcess), ArchiveLimits())
+    adapters = AdapterService(store, registry, intake, base_names=frozenset({"tiny"}), max_rank=loader.max_rank)
     for name, folder in folders.items():
         adapters.import_folder(name, folder, AT_ONCE)
     handler = AdapterJobs(
@@ -122,6 +133,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
         exports=root / "store" / "exports",
         imports=ImportRoot(root / "imports"),
         allow_hub=True,
+        s3_root="s3://adapters/public",
+        max_bytes={"adapter_config.json": 1 << 16, "adapter_model.safetensors": 1 << 20},
+        served=ServedWeights(dtype="float32"),
     )
     queue = JobQueue(JobStore(root / "store" / "jobs"), handler, make_process=InlineProcess)
     queue.open()

@@ -114,6 +114,14 @@ def test_a_merged_model_is_that_of_peft_with_its_tokenizer(shop: Shop) -> None:
     assert result["num_shards"] == 1
 
 
+def test_weights_of_a_merge_are_those_of_a_mix(shop: Shop) -> None:
+    adapters = [{"name": "rslora", "weight": -0.5}, {"name": "dora", "weight": 0.75}, "rank4"]
+    result = shop.result("merge", adapters=adapters)
+    model = AutoModelForCausalLM.from_pretrained(shop.root / result["export"], dtype=torch.float32).eval()
+    expected = logits(mixed(shop, rslora=-0.5, dora=0.75, rank4=1.0))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_an_adapter_is_extracted_from_a_fine_tuned_model(shop: Shop) -> None:
     tuned = copy.deepcopy(shop.references["rank4"]).merge_and_unload()
     tuned.save_pretrained(shop.import_root / "tuned")

@@ -127,6 +127,7 @@ class ChatDelta(Model):
 class KeyLimits(Model):
     """How much a key may ask for; None for no limit."""
 
+    weight: float | None = None
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     max_concurrent: int | None = None

@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lora_core.tensor_folder import TensorFolder
 from server.errors import InvalidRequestError
 
-__all__ = ["file_keys", "open_base"]
+__all__ = ["file_keys", "open_base", "quantization_of"]
 
 
 def open_base(folder: Path) -> nn.Module:
-    """A model whose parameters are views of its safetensors files: no copy of them is made.
+    """A model in evaluation mode whose parameters are views of its safetensors files: no copy of them is made.
 
     Raises:
         InvalidRequestError: code `not_supported`, the files hold the weights in another form than the model.
@@ -35,7 +35,21 @@ def open_base(folder: Path) -> nn.Module:
     missing = next((name for name, value in model.named_parameters() if value.is_meta), None)
     if missing is not None:
         raise InvalidRequestError(f"the base's files do not hold {missing!r} as it is", code="not_supported")
-    return model
+    _compute_buffers(model)
+    return model.eval()
+
+
+def _compute_buffers(model: Any) -> None:
+    """Buffers that no file holds, such as rotary frequencies: by the model's own initialisation, which leaves be what
+    is marked as initialised."""
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    for module in model.modules():
+        pending = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        for name, buffer in pending.items():
+            module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
+        if pending:
+            model._init_weights(module)
 
 
 def file_keys(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -48,3 +62,9 @@ def file_keys(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         if found is not None:
             keys[name] = found
     return keys
+
+
+def quantization_of(task: Mapping[str, Any]) -> tuple[str, bool, torch.dtype]:
+    """How the served base holds its linear layers: the kind, whether scales are quantized too, the dtype before."""
+    found = task["quantization"]
+    return found["kind"], found["double_quant"], getattr(torch, found["dtype"])

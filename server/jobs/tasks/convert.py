@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_core.checkpoint import read_adapter
-from lora_core.convert import convert_to_lora, simplify_adapter
+from lora_core.convert import Conversion, convert_to_lora, simplify_adapter
 from lora_core.errors import ConfigError
 
-__all__ = ["run"]
+__all__ = ["described", "run"]
 
 
 def run(task: Mapping[str, Any], report: Callable[[str, float], None]) -> dict[str, Any]:
@@ -18,9 +18,9 @@ def run(task: Mapping[str, Any], report: Callable[[str, float], None]) -> dict[s
     """
     report("converting", 0.1)
     config, _ = read_adapter(task["adapter"])
-    if config.changes_base:
-        convert_to_lora(task["adapter"], task.get("initial"), task["out"], base_folder=task["base"])
-        return {"converted_from": str(config.init_lora_weights).lower(), "initial": bool(task.get("initial"))}
+    if config.changes_base or task.get("initial"):
+        found = convert_to_lora(task["adapter"], task.get("initial"), task["out"], base_folder=task["base"])
+        return described(found)
     if not config.use_dora and not config.use_rslora:
         raise ConfigError("the adapter is plain LoRA already")
     errors = simplify_adapter(task["adapter"], task["out"], base_folder=task["base"], rank=task.get("rank"))
@@ -32,4 +32,18 @@ def run(task: Mapping[str, Any], report: Callable[[str, float], None]) -> dict[s
             "max": errors[worst],
             "worst_module": worst,
         },
+    }
+
+
+def described(conversion: Conversion) -> dict[str, Any]:
+    """A conversion as results and import reports tell of it."""
+    origin = "computed again from the base" if conversion.is_computed else "those that came with it"
+    converted = f"trained minus starting values ({conversion.init}: {origin})"
+    if conversion.init.startswith("loftq"):
+        converted += ", without the quantization error that these did not give back"
+    return {
+        "converted_from": conversion.init,
+        "is_computed": conversion.is_computed,
+        "similarity": conversion.similarity,
+        "converted": converted,
     }

@@ -1,4 +1,4 @@
-"""Bringing an adapter in from a folder of the server or from the Hugging Face hub, converted if need be."""
+"""Bringing an adapter in from a folder of the server, the Hugging Face hub or an object store, converted if need be."""
 
 import os
 import shutil
@@ -11,17 +11,19 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from lora_core.checkpoint import read_adapter
 from lora_core.convert import convert_to_lora
-from server.adapters.objects import CONFIG_NAME, FILE_NAMES, WEIGHTS_NAME
+from server.adapters.objects import CONFIG_NAME, FILE_NAMES, INITIAL_NAME, WEIGHTS_NAME
 from server.errors import InvalidAdapterError, NotFoundError, UnavailableError
+from server.jobs.tasks.convert import described
+from server.jobs.tasks.s3 import PICKLE_NAME, fetch_from_s3
 
 __all__ = ["run"]
 
 
 def run(task: Mapping[str, Any], report: Callable[[str, float], None]) -> dict[str, Any]:
-    """Copy the two files of `task["path"]`, or of `repo` at `revision`, to `task["out"]`.
+    """Copy the two files of `task["path"]`, of `repo` at `revision`, or below `url`, to `task["out"]`.
 
-    An adapter of a changed base becomes a plain one: from `task["initial"]`, the adapter before its training, or by
-    computing its starting values again.
+    An adapter of a changed base becomes a plain one: from `task["initial"]`, the adapter before its training, which may
+    also lie in the folder's own `initial/`, or by computing its starting values again.
 
     Raises:
         LoraError: it is malformed, or cannot be converted.
@@ -29,8 +31,12 @@ def run(task: Mapping[str, Any], report: Callable[[str, float], None]) -> dict[s
     """
     out = Path(task["out"])
     report("fetching", 0.0)
-    fetched = Path(task["path"]) if task.get("path") else _from_hub(task, out.parent / "hub")
-    if not (fetched / WEIGHTS_NAME).is_file() and (fetched / "adapter_model.bin").exists():
+    fetched, told = Path(task.get("path") or out.parent / "fetched"), {}
+    if task.get("repo"):
+        _from_hub(task, fetched)
+    elif task.get("url"):
+        told = {"etags": fetch_from_s3(task["url"], fetched, task["max_bytes"])}
+    if not (fetched / WEIGHTS_NAME).is_file() and (fetched / PICKLE_NAME).exists():
         raise InvalidAdapterError(
             "pickle files can run code and are not read; save the adapter with `safe_serialization=True`",
             code="adapter_pickle",
@@ -39,17 +45,22 @@ def run(task: Mapping[str, Any], report: Callable[[str, float], None]) -> dict[s
         raise InvalidAdapterError(f"there are no {CONFIG_NAME} and {WEIGHTS_NAME}", code="adapter_files_missing")
     report("checking", 0.7)
     config, _ = read_adapter(fetched)
-    if config.changes_base:
+    initial = task.get("initial") or _initial_beside(fetched)
+    if config.changes_base or initial:
         report("converting", 0.8)
-        convert_to_lora(fetched, task.get("initial"), out, base_folder=task["base"])
-        return {"converted_from": str(config.init_lora_weights).lower()}
+        return told | described(convert_to_lora(fetched, initial, out, base_folder=task["base"]))
     out.mkdir()
     for name in FILE_NAMES:
         shutil.copyfile(fetched / name, out / name)
-    return {"converted_from": None}
+    return told | {"converted_from": None}
 
 
-def _from_hub(task: Mapping[str, Any], folder: Path) -> Path:
+def _initial_beside(folder: Path) -> str | None:
+    initial = folder / INITIAL_NAME
+    return str(initial) if all((initial / name).is_file() for name in FILE_NAMES) else None
+
+
+def _from_hub(task: Mapping[str, Any], folder: Path) -> None:
     for name in FILE_NAMES:
         try:
             hf_hub_download(
@@ -64,4 +75,3 @@ def _from_hub(task: Mapping[str, Any], folder: Path) -> Path:
             raise UnavailableError("the hub cannot be reached", code="source_unavailable") from error
         except (LocalEntryNotFoundError, OSError) as error:
             raise UnavailableError("the hub cannot be reached", code="source_unavailable") from error
-    return folder

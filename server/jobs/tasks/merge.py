@@ -22,7 +22,7 @@ Changed = dict[str, tuple[AdapterModule, str]]
 
 
 def run(task: Mapping[str, Any], report: Callable[[str, float], None]) -> dict[str, Any]:
-    """Write the base with the adapters of `task["adapters"]` in its weights to `task["out"]`, in the base's dtype.
+    """Write the base plus `weights` times the adapters of `task["adapters"]` to `task["out"]`, in the base's dtype.
 
     One shard is in memory at a time, and one module's change.
 
@@ -39,7 +39,7 @@ def run(task: Mapping[str, Any], report: Callable[[str, float], None]) -> dict[s
     names = [f"source{i}" for i in range(len(task["adapters"]))]
     for name, folder in zip(names, task["adapters"], strict=True):
         model.load_adapter(folder, name)
-    weights = dict.fromkeys(names, 1.0)
+    weights = dict(zip(names, task["weights"], strict=True))
     changed, unties = _changed(model, names, keys, head_name)
     out.mkdir()
     _copy_rest(base, out, unties=unties)
