@@ -34,6 +34,7 @@ from server.demo import demo_adapters
 from server.demo.model import ensure_demo_model
 from server.drain import Drain
 from server.engine import EngineConfig, EngineLoop, Fairness, ModelRunner, load_runner
+from server.engine.device_step import what_kernels_lack
 from server.engine.selfcheck import check_against_reference
 from server.errors import InvalidRequestError, NotFoundError
 from server.generation import GenerationService
@@ -110,7 +111,7 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
         use_prefix_cache=settings.prefix_cache,
         max_slots=settings.max_slots,
         kv_bytes=settings.kv_memory,
-        use_kernels=_use_kernels(settings, device),
+        use_kernels=_use_kernels(settings, device, report),
         use_cuda_graphs=settings.cuda_graphs,
         max_model_len=settings.max_model_len,
     )
@@ -282,10 +283,14 @@ def _device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
     return device, dtype
 
 
-def _use_kernels(settings: Settings, device: torch.device) -> bool:
-    if settings.kernels == "triton" and device.type != "cuda":
+def _use_kernels(settings: Settings, device: torch.device, report: Report) -> bool:
+    on_cuda = device.type == "cuda"
+    if settings.kernels == "triton" and not on_cuda:
         raise InvalidRequestError("Triton's kernels need a CUDA device", code="device_invalid")
-    return device.type == "cuda" and settings.kernels != "torch"
+    if settings.kernels == "auto" and on_cuda and (missing := what_kernels_lack()) is not None:
+        report(f"without Triton's kernels, which are faster: there is no {missing}")
+        return False
+    return on_cuda and settings.kernels != "torch"
 
 
 def _adapter_memory(settings: Settings, device: torch.device) -> tuple[int, int]:

@@ -1,5 +1,8 @@
 """One forward pass with kernels, over tensors on the device."""
 
+import os
+import shutil
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,7 +13,15 @@ from server.engine.attention import AttentionPlan, DeviceAttention, use_step
 from server.engine.batch import Batch
 from server.engine.kv_cache import KVCache
 
-__all__ = ["DeviceStep"]
+__all__ = ["DeviceStep", "what_kernels_lack"]
+
+
+def what_kernels_lack() -> str | None:
+    """What is missing for Triton's kernels to be compiled, or None."""
+    if find_spec("triton") is None:
+        return "package `triton`"
+    has_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return None if has_compiler else "C compiler, with which Triton builds what launches them"
 
 
 class DeviceStep:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_core import DeviceModelSlots, LoraLinear, ModelSlots, Router, attach_slots, wrap_linears
 from server.engine.attention import DecodeCopies, PagedAttention, use_step
 from server.engine.batch import Batch
-from server.engine.device_step import DeviceStep
+from server.engine.device_step import DeviceStep, what_kernels_lack
 from server.engine.graphs import Capture, CudaCapture, DecodeGraphs
 from server.engine.kv_cache import KVCache
 from server.engine.model import ModelFacts, inspect_model, load_model
@@ -86,6 +86,8 @@ class ModelRunner:
         self.device, self.dtype = parameter.device, parameter.dtype
         on_cuda = self.device.type == "cuda"
         self.uses_kernels = on_cuda if config.use_kernels is None else config.use_kernels
+        if on_cuda and self.uses_kernels and (missing := what_kernels_lack()) is not None:
+            raise InvalidRequestError(f"Triton's kernels cannot run: there is no {missing}", code="kernels_unavailable")
         self.facts: ModelFacts = inspect_model(model)
         self.cache = self._make_cache()
         longest = min(self.facts.max_positions, (self.cache.num_blocks - 1) * config.block_size)
