@@ -10,10 +10,13 @@ import torch
 
 from lora_core import DeviceModelSlots
 from lora_core.maths import Folded
-from server.engine import EngineConfig, EngineLoop, ModelRunner
+from server.engine import EngineConfig, EngineLoop, ModelRunner, graphs
 from server.engine.attention import AttentionCall, AttentionGroup, AttentionPlan, DeviceAttention, PagedAttention, Span
 from server.engine.attention import device as device_attention
+from server.engine.batch import Batch, build_batch
+from server.engine.device_step import DeviceStep
 from server.engine.kv_cache import KVCache, LayerShape
+from server.engine.scheduler import Chunk, Step
 from server.engine.selfcheck import check_against_reference
 from tests.engine.recorded_graph import RecordingCapture
 from tests.engine_driver import Driver, FixedLease, greedy
@@ -176,7 +179,9 @@ def _runners(architecture: str, capture: RecordingCapture | None) -> tuple[Model
     return runner, plain
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", *(pytest.param(a, marks=pytest.mark.slow) for a in ("gemma2", "gpt2"))]
+)
 def test_generated_tokens_are_those_of_the_path_without_kernels(architecture: str) -> None:
     runner, plain = _runners(architecture, None)
     assert check_against_reference(runner) < 1e-4
@@ -184,18 +189,85 @@ def test_generated_tokens_are_those_of_the_path_without_kernels(architecture: st
     _assert_equal(_generate(runner, prompts, 4), _generate(plain, prompts, 4))
 
 
-def test_recorded_steps_give_the_same_tokens_while_adapters_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    capture = RecordingCapture(monkeypatch)
-    runner, plain = _runners("llama", capture)
+@pytest.mark.slow
+def test_recorded_steps_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, plain = _runners("llama", RecordingCapture(monkeypatch))
     assert runner.graphs is not None
-    num_recordings = capture.num_recordings
-    for num_rows in (4, 2):
-        prompts = [[random.randrange(3, VOCABULARY) for _ in range(random.randint(1, 9))] for _ in range(num_rows)]
-        before = runner.graphs.num_replays
-        _assert_equal(_generate(runner, prompts, 4), _generate(plain, prompts, 4))
-        assert runner.graphs.num_replays >= before + 2
-        adapter = _adapter(runner, random.choice([2, 30]), has_gain=True)
-        for each in (runner, plain):
-            each.bank.free(0)
-            each.bank.load(0, adapter)
-    assert capture.num_recordings == num_recordings == 9
+    prompts = [[random.randrange(3, VOCABULARY) for _ in range(random.randint(1, 9))] for _ in WEIGHTS]
+    _assert_equal(_generate(runner, prompts, 4), _generate(plain, prompts, 4))
+    assert runner.graphs.num_replays >= 2
+
+
+def test_recorded_steps_give_the_same_logits_while_adapters_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "ENTRIES", (0, 2))
+    capture = RecordingCapture(monkeypatch)
+    runner = ModelRunner(
+        tiny_model("llama", random.randrange(1 << 30)).to(DEVICE), replace(CONFIG, max_running=2), capture
+    )
+    assert runner.graphs is not None
+    assert capture.num_recordings == 4
+    for slot in range(2):
+        runner.bank.load(slot, _adapter(runner, 3 + slot, has_gain=bool(slot)))
+    driver = Driver(EngineLoop(runner))  # never started: it only makes requests
+    requests = [driver.submit([5] * n, greedy(9), FixedLease({})) for n in (6, 3)]
+    for i, request in enumerate(requests):
+        request.block_ids = [1 + 3 * i, 2 + 3 * i, 3 + 3 * i]
+    step = DeviceStep(runner.model, runner.router, runner.cache)
+    step.run(_batch([Chunk(request, 0, len(request.prompt_ids)) for request in requests]))
+    seen = []
+    for round_, weights in enumerate(([{}, {}], [{0: 1.0}, {}], [{0: 0.5, 1: 0.7}, {1: 1.0}], [{0: 1.0}, {}])):
+        if round_ == 3:
+            runner.bank.free(0)
+            runner.bank.load(0, _adapter(runner, 20, has_gain=True))
+        for request, own in zip(requests, weights, strict=True):
+            request.lease = FixedLease(own)
+            request.output_ids.append(random.randrange(VOCABULARY))
+        count = 1 if round_ == 1 else 2
+        batch = _batch([Chunk(request, request.num_tokens - 1, 1) for request in requests[:count]])
+        wanted = step.run(batch).clone()
+        replayed = runner.graphs.run(batch)
+        assert replayed is not None
+        torch.testing.assert_close(replayed, wanted, rtol=1e-5, atol=1e-5)
+        seen.append(wanted[0])
+        for request in requests[count:]:
+            request.output_ids.pop()
+    assert runner.graphs.num_replays == 4
+    assert capture.num_recordings == 4
+    assert not torch.allclose(seen[1], seen[3], atol=1e-2)
+
+
+def _batch(chunks: list[Chunk]) -> Batch:
+    return build_batch(Step(chunks), BLOCK, DEVICE, use_kernels=True)
+
+
+def test_what_no_recording_fits_runs_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "ENTRIES", (0,))
+    runner = ModelRunner(
+        tiny_model("llama", 1).to(DEVICE), replace(CONFIG, max_running=1), RecordingCapture(monkeypatch)
+    )
+    assert runner.graphs is not None
+    runner.bank.load(0, _adapter(runner, 2, has_gain=False))
+    driver = Driver(EngineLoop(runner))
+    requests = [driver.submit([5, 6, 7], greedy(9), FixedLease({0: 1.0} if i else {})) for i in range(2)]
+    for i, request in enumerate(requests):
+        request.block_ids = [1 + i]
+    base, adapted = requests
+    for chunks in (
+        [Chunk(base, 0, 3)],
+        [Chunk(base, 2, 1), Chunk(adapted, 2, 1)],
+        [Chunk(adapted, 2, 1)],
+        [Chunk(base, 0, 1)],
+    ):
+        assert runner.graphs.run(_batch(chunks)) is None
+    assert runner.graphs.run(_batch([Chunk(base, 2, 1)])) is not None
+
+
+def test_a_model_that_cannot_be_recorded_runs_without(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(run: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    runner = ModelRunner(tiny_model("llama", 1).to(DEVICE), CONFIG, refuse)
+    assert runner.graphs is None
+    assert "cannot be recorded: operation not permitted" in caplog.text
+    off = ModelRunner(tiny_model("llama", 1).to(DEVICE), replace(CONFIG, use_cuda_graphs=False), refuse)
+    assert off.graphs is None
