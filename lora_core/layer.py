@@ -8,6 +8,7 @@ Every kind of layer is a linear map underneath, and says how: its weight as a ma
 [R, I] and B [O, R], and how A meets the layer's input. Folding, merging and mixing know only that.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
@@ -19,7 +20,7 @@ from lora_core.adapter_module import AdapterModule
 from lora_core.errors import AdapterNotFoundError, UnsupportedError
 from lora_core.maths import Folded, dora_gain, fold, weight_change
 from lora_core.ops import apply_rows
-from lora_core.quant import dequantized_weight, is_quantized, keep_layout, quantized_like
+from lora_core.quant import dequantized_weight, is_opaque_linear, is_quantized, keep_layout, quantized_like
 from lora_core.routing import Key, Route, Router
 from lora_core.slots import SlotsOfLayer
 from lora_core.weights import LoraTensors
@@ -39,10 +40,10 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True for nn.Linear and its subclasses, GPT-2's Conv1D, or one of them that is wrapped already."""
+    """True for nn.Linear and its subclasses, quantized ones, GPT-2's Conv1D, or one of them that is wrapped already."""
     while isinstance(module, AdapterModule) and not isinstance(module, LoraLinear):
         module = module.get_base_layer()
-    return isinstance(module, nn.Linear | LoraLinear) or is_conv1d(module)
+    return isinstance(module, nn.Linear | LoraLinear) or is_conv1d(module) or is_opaque_linear(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -159,7 +160,7 @@ class LoraLayer(AdapterModule):
 
     @property
     def device(self) -> torch.device:
-        return next(self.base_layer.parameters()).device
+        return next(itertools.chain(self.base_layer.parameters(), self.base_layer.buffers())).device
 
     @property
     def adapter_dtype(self) -> torch.dtype:
@@ -301,7 +302,8 @@ class LoraLayer(AdapterModule):
         for name, weight in weights.items():
             if self.has_factors(name):
                 if matrix is None:
-                    matrix = self.matrix().detach().float() if self.weight.dtype in HALF else self.matrix().detach()
+                    matrix = self.matrix().detach()
+                    matrix = matrix.float() if matrix.dtype in HALF else matrix
                 matrix = self._plus_delta(matrix, name, weight)
             change = self._bias_change(name)
             if change is not None:

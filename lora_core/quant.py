@@ -1,14 +1,18 @@
-"""Base weights that bitsandbytes holds in 4 or 8 bits: reading, writing back, training beside them.
+"""Base weights that are not held in floating point: reading, writing back, training beside them.
 
 The only module that knows bitsandbytes, and it imports it only when it meets such a weight. Formats: LLM.int8()
-(Dettmers et al. 2022), NF4 and FP4 (QLoRA, Dettmers et al. 2023).
+(Dettmers et al. 2022), NF4 and FP4 (QLoRA, Dettmers et al. 2023). torchao's tensors tell their numbers themselves.
+Layers of other packages (GPTQ, AWQ, compressed-tensors) compute, and keep their numbers to themselves: adapters that
+need none of them work.
 
 A trap on CPUs with AVX512-BF16: the first forward in evaluation mode repacks a 4-bit weight in place, rounding its
 scales to bfloat16, after which bitsandbytes' own dequantization returns noise. `keep_layout` prevents it for layers
-that carry adapters; `dequantized_weight` also reads a weight that was repacked before.
+that carry adapters; `dequantized_weight` also reads a weight that was repacked before. The repacked form is two to four
+times as fast with few rows, so a server asks for it, once and before anything reads the weight: `settle_layout`.
 """
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -19,23 +23,36 @@ from lora_core.errors import ConfigError, TargetError, UnsupportedError
 
 __all__ = [
     "dequantized_weight",
+    "is_opaque_linear",
     "is_quantized",
     "keep_layout",
     "prepare_model_for_kbit_training",
     "quantized_like",
     "quantized_linear",
+    "quiet_bitsandbytes",
     "replace_weight",
     "round_trip",
+    "settle_layout",
 ]
 
 HALF = (torch.float16, torch.bfloat16)
 KINDS = ("nf4", "fp4", "int8")
 BLOCK_SIZE = 64  # numbers that share a scale in 4 bits; bitsandbytes' default
+# Under which GPTQ, AWQ and compressed-tensors hold what they make of a weight.
+OPAQUE_NAMES = ("qweight", "weight_packed")
+REPACKED_ROWS = 32  # whose nibbles the CPU's kernel takes together
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """True for a layer whose weight bitsandbytes holds in 4 or 8 bits (not one that waits to be quantized)."""
-    return _num_bits(getattr(module, "weight", None)) is not None
+    """True for a layer whose weight is not held in floating point (not for one that waits to be quantized)."""
+    weight = getattr(module, "weight", None)
+    return _num_bits(weight) is not None or _is_torchao(weight) or is_opaque_linear(module)
+
+
+def is_opaque_linear(module: nn.Module) -> bool:
+    """True for a linear layer of a package whose form of weights is not known here."""
+    is_linear = isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features")
+    return is_linear and any(torch.is_tensor(getattr(module, name, None)) for name in OPAQUE_NAMES)
 
 
 def dequantized_weight(module: nn.Module) -> Tensor:
@@ -44,10 +61,14 @@ def dequantized_weight(module: nn.Module) -> Tensor:
     Raises:
         UnsupportedError: the layer is not one that `is_quantized` knows.
     """
-    weight = cast(Any, module).weight
+    weight: Any = getattr(module, "weight", None)
     bits = _num_bits(weight)
+    if _is_torchao(weight):
+        return cast(Tensor, weight.dequantize()).float()
     if bits is None:
-        raise UnsupportedError(f"the weight of a {type(module).__name__} is not one of bitsandbytes'")
+        raise UnsupportedError(
+            f"the weight of a {type(module).__name__} is in a form that cannot be read, which DoRA and merging need"
+        )
     from bitsandbytes import functional as bnb  # noqa: PLC0415 - optional
 
     if bits == 8:
@@ -64,13 +85,16 @@ def quantized_like(module: nn.Module, weight: Tensor) -> nn.Parameter:
     The layer keeps its weight until `replace_weight`.
 
     Raises:
-        UnsupportedError: the layer is not quantized.
+        UnsupportedError: the layer is not quantized by bitsandbytes.
         TargetError: the shape is not the layer's.
     """
-    own = cast(Any, module).weight
+    own: Any = getattr(module, "weight", None)
     bits = _num_bits(own)
     if bits is None:
-        raise UnsupportedError(f"the weight of a {type(module).__name__} is not one of bitsandbytes'")
+        raise UnsupportedError(
+            f"the weight of a {type(module).__name__} is not one of bitsandbytes', and others' cannot be written back: "
+            "merge into the model in full precision"
+        )
     wanted = [cast(Any, module).out_features, cast(Any, module).in_features]
     if list(weight.shape) != wanted:
         raise TargetError(f"a weight of shape {list(weight.shape)} cannot take the place of one of {wanted}")
@@ -186,6 +210,32 @@ def keep_layout(module: nn.Module) -> None:
         cast(Any, module).support_avx512bf16_for_cpu = False
 
 
+def settle_layout(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Give a layer for inference in `dtype` the layout that is fast there, for good; returns whether it was repacked.
+
+    That is bitsandbytes' own layout for CPUs, where it has a kernel for the layer; its scales are rounded to bfloat16,
+    at most by 2^-8 of each, and `dequantized_weight` gives the numbers so rounded. All else keeps what it has.
+    """
+    keep_layout(module)
+    weight: Any = getattr(module, "weight", None)
+    if _num_bits(weight) != 4 or weight.device.type != "cpu" or dtype != torch.bfloat16:
+        return False
+    from bitsandbytes import functional as bnb  # noqa: PLC0415 - optional
+
+    state = weight.quant_state
+    out_features, in_features = state.shape
+    if out_features % REPACKED_ROWS or in_features % state.blocksize or not bnb.has_avx512bf16():
+        return False
+    if not getattr(state, "packing_format_for_cpu", False):
+        weight.data, weight.quant_state = bnb._convert_weight_packed_for_cpu(weight.data, state)
+    return True
+
+
+def quiet_bitsandbytes() -> None:
+    """Silence its warnings of every int8 product's cast to float16, and of a kernel that it would fetch from a hub."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def prepare_model_for_kbit_training(
     model: nn.Module,
     use_gradient_checkpointing: bool = True,
@@ -235,13 +285,27 @@ def _num_bits(weight: Any) -> int | None:
     return None
 
 
+def _is_torchao(weight: Any) -> bool:
+    return any(kind.__module__.startswith("torchao.") for kind in type(weight).__mro__) and hasattr(
+        weight, "dequantize"
+    )
+
+
 def _dequantize_repacked(weight: Any) -> Tensor:
-    """From the CPU kernel's layout: scales [I / block, O] in bfloat16, nibbles in groups of 32 rows."""
+    """From the CPU kernel's layout: scales [I / block, O] in bfloat16, nibbles in groups of 32 rows.
+
+    A group's byte j of columns 2k and 2k + 1 holds column 2k + (j mod 2) of row j / 2 in its low half, and of row
+    16 + j / 2 in its high half. Files have column 2k in the high half and 2k + 1 in the low half of one byte.
+    """
     from bitsandbytes import functional as bnb  # noqa: PLC0415 - optional
 
-    state = copy.copy(weight.quant_state)  # the inverse changes it, and would quantize the scales of a nested one again
-    state.original_nested = False
-    packed, state = bnb._convert_weight_packed_for_cpu_inverse(weight.data, state)
-    state.absmax = weight.quant_state.absmax.T.reshape(-1).float()
+    state = copy.copy(weight.quant_state)
+    out_features, in_features = state.shape
+    num_groups = out_features // REPACKED_ROWS
+    pairs = weight.data.view(num_groups, in_features // 2, REPACKED_ROWS // 2, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    low, high = (even << 4) | (odd & 15), (even & 240) | (odd >> 4)
+    packed = torch.cat([low, high], dim=-1).transpose(1, 2).reshape(-1, 1)
+    state.absmax = state.absmax.T.reshape(-1).float()
     state.dtype = torch.float32
     return bnb.dequantize_4bit(packed, state)

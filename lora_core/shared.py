@@ -24,6 +24,7 @@ from lora_core.layer import LoraLinear, is_conv1d, linear_shape, linear_weight
 from lora_core.ops.kernels import KernelGroup
 from lora_core.ops.packed import AdapterPacker, GroupAdapters
 from lora_core.packing import PackedWeight
+from lora_core.quant import is_quantized
 from lora_core.slots import LayerSlots, SlotsOfLayer
 
 __all__ = ["PackedLinear", "SharedLinears", "find_shared_inputs", "share_inputs"]
@@ -175,4 +176,4 @@ def share_inputs(
 def _can_share(layer: LoraLinear) -> bool:
     """Only the plain kinds: a subclass of nn.Linear, a quantized one for example, computes in its own way."""
     is_plain = type(layer.base_layer) is nn.Linear or type(layer.base_layer).__name__ == "Conv1D"
-    return is_plain and layer.weight.is_floating_point() and layer.slots is not None
+    return is_plain and not is_quantized(layer.base_layer) and layer.slots is not None

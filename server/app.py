@@ -33,7 +33,7 @@ from server.delivery import Delivery
 from server.demo import demo_adapters
 from server.demo.model import ensure_demo_model
 from server.drain import Drain
-from server.engine import EngineConfig, EngineLoop, Fairness, ModelRunner, load_runner
+from server.engine import EngineConfig, EngineLoop, Fairness, ModelRunner, Quantization, load_runner
 from server.engine.device_step import what_kernels_lack
 from server.engine.selfcheck import check_against_reference
 from server.errors import InvalidRequestError, NotFoundError
@@ -103,7 +103,9 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
     path, model_id = _model_path(settings, report)
     torch.set_num_threads(1)  # see EngineLoop: no team of threads but the engine's
     device, dtype = _device_and_dtype(settings)
-    report(f"loading {model_id} ({str(dtype).removeprefix('torch.')}, {device})")
+    quantization = Quantization(settings.quantization, settings.double_quant)
+    form = "" if quantization.kind == "none" else f"{quantization.kind}, "
+    report(f"loading {model_id} ({form}{str(dtype).removeprefix('torch.')}, {device})")
     config = EngineConfig(
         max_running=settings.max_running,
         max_step_tokens=max(settings.max_step_tokens, settings.max_running),
@@ -115,7 +117,7 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
         use_cuda_graphs=settings.cuda_graphs,
         max_model_len=settings.max_model_len,
     )
-    runner = load_runner(path, config, dtype=dtype, device=device)
+    runner = load_runner(path, config, dtype=dtype, device=device, quantization=quantization)
     error = check_against_reference(runner)
     report(f"the engine agrees with transformers on this model (relative error {error:.1e})")
     codec = TextCodec(path, vocab_size=runner.facts.vocab_size, eos_token_ids=runner.facts.eos_token_ids)
@@ -346,7 +348,7 @@ def _names(settings: Settings, adapters: AdapterService, model_id: str) -> Model
 
 def _fingerprint(info: Info) -> str:
     """OpenAI's `system_fingerprint`: changes with what could change the output."""
-    text = f"{info.model_id} {info.model_dtype} {info.model_device_type} {info.version}"
+    text = f"{info.model_id} {info.model_dtype} {info.quantization} {info.model_device_type} {info.version}"
     return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -355,6 +357,7 @@ def _info(settings: Settings, runner: ModelRunner, model_id: str) -> Info:
     return Info(
         model_id=model_id,
         model_dtype=str(runner.dtype).removeprefix("torch."),
+        quantization=runner.quantization,
         model_device_type=runner.device.type,
         max_concurrent_requests=settings.max_running + settings.max_waiting,
         max_best_of=MAX_SEQUENCES,

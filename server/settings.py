@@ -21,6 +21,8 @@ class Settings(BaseModel):
         drain_timeout_s: how long running requests may take once the server is told to stop.
         kv_memory: None for 1 GiB, on CUDA for most of what is free once the model is loaded.
         kernels: `auto` is `triton` on CUDA, and `torch` on a CPU.
+        quantization: "none" leaves the model as its files hold it, which may be quantized.
+        double_quant: with 4 bits, the scales are quantized as well.
         slot_memory, host_memory: None for a quarter of what is free once the model is loaded.
         model_aliases: more names for the base model, which some clients send when nobody named one.
         import_root: folder under which paths in requests must lie; without it no path is taken.
@@ -42,6 +44,8 @@ class Settings(BaseModel):
     drain_timeout_s: float = Field(30.0, ge=0, le=3600)
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
+    double_quant: bool = False
     adapters: dict[str, Path] = Field(default_factory=dict)
     served_model_name: str | None = None
     model_aliases: tuple[str, ...] = ("tgi", "dummy")

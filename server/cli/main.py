@@ -11,6 +11,7 @@ from server.cli.chat import chat
 from server.cli.doctor import doctor
 from server.cli.generate import generate
 from server.cli.jobs import convert, merge, mix
+from server.cli.quantize import quantize
 from server.cli.serve import serve
 
 __all__ = ["app", "main"]
@@ -36,7 +37,7 @@ def root(
         typer.echo(ctx.get_help())
 
 
-for command in (serve, generate, chat, mix, merge, convert, bench, doctor):
+for command in (serve, quantize, generate, chat, mix, merge, convert, bench, doctor):
     app.command()(command)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(jobs.app, name="jobs")

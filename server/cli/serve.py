@@ -40,6 +40,13 @@ def serve(
     ] = DEFAULTS.drain_timeout_s,
     device: Annotated[str, option("--device", '"auto", "cpu", "cuda", "cuda:1" ...')] = DEFAULTS.device,
     dtype: Annotated[str, option("--dtype", '"auto", "float32", "bfloat16" or "float16".')] = DEFAULTS.dtype,
+    quantization: Annotated[
+        str,
+        option("--quantization", '"none", "nf4", "fp4" or "int8": hold linear layers in so many bits (bitsandbytes).'),
+    ] = DEFAULTS.quantization,
+    double_quant: Annotated[
+        bool, option("--double-quant", "With 4 bits, hold their scales in 8 bits.")
+    ] = DEFAULTS.double_quant,
     adapter: Annotated[
         list[str] | None,
         option(

@@ -3,6 +3,7 @@
 from server.engine.fairness import Fairness
 from server.engine.loop import EngineLoop, EngineStats
 from server.engine.ports import AdapterLease, TokenConstraint, TokenText
+from server.engine.quantization import Quantization
 from server.engine.request import (
     Event,
     Failed,
@@ -14,6 +15,7 @@ from server.engine.request import (
     TokenLogprob,
 )
 from server.engine.runner import EngineConfig, ModelRunner, load_runner
+from server.engine.saving import save_quantized
 
 __all__ = [
     "AdapterLease",
@@ -27,10 +29,12 @@ __all__ = [
     "Finished",
     "GenerationRequest",
     "ModelRunner",
+    "Quantization",
     "SamplingParams",
     "Token",
     "TokenConstraint",
     "TokenLogprob",
     "TokenText",
     "load_runner",
+    "save_quantized",
 ]

@@ -11,16 +11,19 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from lora_core.quant import keep_layout, settle_layout
 from server.engine.attention import ATTENTION_NAME, AttentionCall, AttentionProbe, register, use_step
 from server.engine.kv_cache import LayerShape
+from server.engine.quantization import Quantization, loading_options
 from server.errors import InvalidRequestError
 
-__all__ = ["ModelFacts", "inspect_model", "load_model", "run_probe"]
+__all__ = ["ModelFacts", "inspect_model", "load_model", "read_model", "run_probe"]
 
 # Rotary scalings that change for every token once one sequence grows long: right only below that length.
 LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 NO_LIMIT = 1 << 20
+UNCHANGED = Quantization()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,24 +42,39 @@ class ModelFacts:
     eos_token_ids: frozenset[int]
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Load a local Hugging Face folder; code in the folder is never run.
+def load_model(
+    path: str | Path, *, dtype: torch.dtype, device: torch.device, quantization: Quantization = UNCHANGED
+) -> nn.Module:
+    """Load a local Hugging Face folder for inference; code in the folder is never run.
 
     Raises:
         InvalidRequestError: code `model_unsupported` if it is no causal language model that transformers knows, or not
-            all of one.
+            all of one; `quantization_*` as `server.engine.quantization`.
     """
+    model = read_model(path, dtype=dtype, device=device, quantization=quantization)
+    for module in model.modules():
+        settle_layout(module, dtype)
+    return model
+
+
+def read_model(path: str | Path, *, dtype: torch.dtype, device: torch.device, quantization: Quantization) -> nn.Module:
+    """As `load_model`, with weights that stay in the form in which files hold them."""
     transformers_logging.disable_progress_bar()
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(path, **local)
         if getattr(config, "is_encoder_decoder", False):
             raise InvalidRequestError("encoder-decoder models are not supported", code="model_unsupported")
+        options = loading_options(config, quantization, dtype=dtype, device=device)
         model, found = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True, **local
+            path, config=config, dtype=dtype, output_loading_info=True, **options, **local
         )
     except InvalidRequestError:
         raise
+    except ImportError as error:
+        raise InvalidRequestError(
+            f"the model's quantized form needs a package: {error}", code="quantization_missing"
+        ) from error
     except Exception as error:  # a folder can be wrong in any way
         raise InvalidRequestError(f"the model cannot be loaded: {error}", code="model_unsupported") from error
     if found["missing_keys"]:  # transformers would serve random numbers in their place
@@ -65,7 +83,9 @@ def load_model(path: str | Path, *, dtype: torch.dtype, device: torch.device) ->
             f"{min(found['missing_keys'])} among them",
             code="model_unsupported",
         )
-    return model.to(device).eval()
+    for module in model.modules():
+        keep_layout(module)
+    return (model if options else model.to(device)).eval()
 
 
 def inspect_model(model: nn.Module) -> ModelFacts:

@@ -43,5 +43,5 @@ def optimise(model: nn.Module, layers: Mapping[str, LoraLinear]) -> Optimised:
 def _leave_the_file(model: nn.Module) -> None:
     """Copy the weights that are left out of the mapped file, so that it goes with those that were packed."""
     for parameter in model.parameters():
-        if parameter.device.type == "cpu":
+        if parameter.device.type == "cpu" and type(parameter) is nn.Parameter:  # quantized ones are not in the file
             parameter.data = parameter.data.clone()

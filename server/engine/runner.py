@@ -15,6 +15,7 @@ from server.engine.graphs import Capture, CudaCapture, DecodeGraphs
 from server.engine.kv_cache import KVCache
 from server.engine.model import ModelFacts, inspect_model, load_model
 from server.engine.optimise import optimise
+from server.engine.quantization import Quantization, checkpoint_quantization
 from server.engine.reference import make_reference
 from server.errors import InvalidRequestError
 from server.memory import DEFAULT_KV_BYTES
@@ -74,6 +75,7 @@ class ModelRunner:
         optimised: what could be made faster.
         uses_kernels: batches are made for kernels, `build_batch(..., use_kernels=True)`.
         graphs: recorded decoding steps; None without kernels or graphs.
+        quantization: how the weights are held ("nf4", "int8", another method's name), or None.
 
     Raises:
         InvalidRequestError: the architecture is not supported, or the cache has no room for one block.
@@ -82,12 +84,13 @@ class ModelRunner:
     def __init__(self, model: nn.Module, config: EngineConfig, capture: Capture | None = None) -> None:
         self.model = model
         self.config = config
-        parameter = next(model.parameters())
+        parameter = next(p for p in model.parameters() if p.is_floating_point())
         self.device, self.dtype = parameter.device, parameter.dtype
         on_cuda = self.device.type == "cuda"
         self.uses_kernels = on_cuda if config.use_kernels is None else config.use_kernels
         if on_cuda and self.uses_kernels and (missing := what_kernels_lack()) is not None:
             raise InvalidRequestError(f"Triton's kernels cannot run: there is no {missing}", code="kernels_unavailable")
+        self.quantization = checkpoint_quantization(model.config)
         self.facts: ModelFacts = inspect_model(model)
         self.cache = self._make_cache()
         longest = min(self.facts.max_positions, (self.cache.num_blocks - 1) * config.block_size)
@@ -156,6 +159,14 @@ class ModelRunner:
         return KVCache(self.facts.layers, num_blocks, self.config.block_size, dtype=self.dtype, device=self.device)
 
 
-def load_runner(path: str | Path, config: EngineConfig, *, dtype: torch.dtype, device: torch.device) -> ModelRunner:
+def load_runner(
+    path: str | Path,
+    config: EngineConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization | None = None,
+) -> ModelRunner:
     """Load a local model folder and make it ready; errors as in `ModelRunner` and `load_model`."""
-    return ModelRunner(load_model(path, dtype=dtype, device=device), config)
+    model = load_model(path, dtype=dtype, device=device, quantization=quantization or Quantization())
+    return ModelRunner(model, config)

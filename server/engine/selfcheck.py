@@ -16,6 +16,8 @@ from server.errors import InvalidRequestError
 __all__ = ["MAX_RELATIVE_ERROR", "check_against_reference"]
 
 CUTS = ((0, 10), (10, 22), (22, 23))  # of the longer prompt; the last one is a decode step
+# int8 layers round what comes in, so that last bits decide, and split off columns by what else is in the batch.
+MAX_RELATIVE_ERROR_INT8 = 0.15
 MAX_RELATIVE_ERROR = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
@@ -28,7 +30,8 @@ def check_against_reference(runner: ModelRunner) -> float:
     reference = runner.reference
     engine = _engine_logits(runner, reference.prompts)
     error = float((engine - reference.logits).norm() / reference.logits.norm())
-    if not error <= MAX_RELATIVE_ERROR.get(runner.dtype, 5e-2):
+    limit = MAX_RELATIVE_ERROR.get(runner.dtype, 5e-2)
+    if not error <= (MAX_RELATIVE_ERROR_INT8 if runner.quantization == "int8" else limit):
         raise InvalidRequestError(
             f"{type(runner.model).__name__} needs something that the engine does not do: its logits differ from "
             f"transformers' own by {error:.1%}",

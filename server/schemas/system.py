@@ -13,6 +13,7 @@ class Info(BaseModel):
     model_id: str
     model_sha: str | None = None
     model_dtype: str
+    quantization: str | None = None
     model_device_type: str
     model_pipeline_tag: str = "text-generation"
     max_concurrent_requests: int

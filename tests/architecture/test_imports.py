@@ -20,6 +20,7 @@ EXTERNAL: dict[str, set[str]] = {
     "server.app": {"fastapi", "torch"},
     "server.cli": {"pydantic", "rich", "typer", "uvicorn"},
     "server.cli.doctor": {"torch", "typer"},
+    "server.cli.quantize": {"torch", "typer"},
     "server.demo": {"tokenizers", "torch", "transformers"},
     "server.drain": {"uvicorn"},
     "server.delivery": set(),

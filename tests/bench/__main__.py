@@ -1,6 +1,7 @@
 """Measure loramux and its peers on the same work, one after the other, in one run.
 
     python -m tests.bench [--peers loramux,peft,...] [--workloads W1,W3,...] [--rounds 2] [--into NAME] [--report]
+    python -m tests.bench --profile     where the time of our own steps goes: see steps.py
 
 Each (peer, workload) pair is one cell of tests/bench/results/NAME.json; a cell that is measured again is replaced, so a
 run can be made in parts. The report compares cells and says which of them are from the same run.
@@ -16,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.bench import report
+from tests.bench import report, steps
 from tests.bench.client import run_jobs, summary
 from tests.bench.machine import QUIET, CpuAccount, memory_bytes, start_quietly
 from tests.bench.material import Material
@@ -122,7 +123,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--into", default="latest", help="name of the results file")
     parser.add_argument("--report", action="store_true", help="only print what has been measured")
-    args = parser.parse_args()
+    parser.add_argument("--profile", action="store_true", help="where the time of our own steps goes; see steps.py")
+    args, others = parser.parse_known_args()
+    if args.profile:
+        steps.main(others)
+        return
+    if others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     path = RESULTS / f"{args.into}.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"cells": {}}
     if not args.report:

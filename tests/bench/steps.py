@@ -1,41 +1,110 @@
 """Where the time of one decode step goes, and how far that is from what the machine could do.
 
-    python -m tests.bench.steps [--rows 16] [--context 192] [--kinds base,lora,rank8,dora,mix]
+    python -m tests.bench --profile [--rows 16] [--context 192] [--kinds base,lora,rank8,dora,mix]
 
-Runs the engine's parts without server or scheduler on the demo model in bfloat16, with 8 adapters of ranks 8 to 64. The
-floor is measured on the spot: the bytes of weights, adapters and cache that a step reads over the rate at which this
-machine reads memory, or the arithmetic over the rate of its products, whichever takes longer.
+Runs an engine with its delivery to an event loop, without HTTP, on the demo model in bfloat16, with 8 adapters of ranks
+8 to 64. The floor is measured on the spot: the bytes of weights, adapters and cache that a step reads over the rate at
+which this machine reads memory, or the arithmetic over the rate of its products, whichever takes longer.
 """
 
 import argparse
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+import server.engine.loop as engine_loop
 from lora_core.maths import Folded
+from lora_core.ops.packed import GroupAdapters
 from lora_core.packing import PackedWeight
+from server.delivery import Delivery, GenerationGroup
 from server.demo import ensure_demo_model
-from server.engine import EngineConfig, GenerationRequest, ModelRunner, SamplingParams, load_runner
-from server.engine.batch import RouteMemo, build_batch
-from server.engine.sampling import sample
-from server.engine.scheduler import Chunk, Step
+from server.engine import EngineConfig, EngineLoop, GenerationRequest, ModelRunner, SamplingParams, load_runner
+from server.engine.attention import PagedAttention
+from server.engine.scheduler import Scheduler, Step
 from tests.bench.machine import start_quietly
 from tests.bench.workloads import RANKS
 from tests.engine_driver import FixedLease
 
 NUM_ADAPTERS = 8
-NUM_STEPS = 20
-BLOCK_SIZE = 16
-# Operators by what they are for; what is in none is "other operators", and time in none is Python's.
-PARTS = {
-    "base and adapter products": ("mkldnn::_linear_pointwise", "aten::addmm_", "aten::linear", "aten::mm"),
-    "attention": ("aten::baddbmm", "aten::bmm", "aten::_softmax", "aten::scaled_dot_product_attention"),
-    "cache": ("aten::index_copy_", "aten::index_select", "aten::index_fill_"),
-    "adapter masks": ("aten::where",),
-    "sampling": ("aten::max", "aten::argmax", "aten::sort", "aten::topk"),
-}
+NUM_STEPS = 24
+# What a step spends its time on, and the calls that are it. What is called inside one of them is its part.
+PARTS: Sequence[tuple[str, Any, str]] = (
+    ("scheduling", Scheduler, "schedule"),
+    ("scheduling", Scheduler, "commit"),
+    ("scheduling", Scheduler, "note_duration"),
+    ("scheduling", engine_loop, "build_batch"),
+    ("base products", PackedWeight, "__call__"),
+    ("adapters", GroupAdapters, "apply"),
+    ("attention and cache", PagedAttention, "attend_joined"),
+    ("attention and cache", PagedAttention, "attend"),
+    ("sampling", engine_loop, "sample"),
+    ("delivery", EngineLoop, "_advance"),
+    ("delivery", Delivery, "flush"),
+)
+REST = "other operators, Python"
+
+
+class Account:
+    """Seconds of the steps of an engine, by part; put around the calls while it is open."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._is_inside = False
+        self._now: dict[str, float] = {}
+        self._originals: list[tuple[Any, str, Any]] = []
+        self.steps: list[dict[str, float]] = []
+
+    def __enter__(self) -> "Account":
+        for part, owner, name in PARTS:
+            self._put(owner, name, self._timed(part, getattr(owner, name)))
+        self._put(EngineLoop, "_compute", self._noting_rows(EngineLoop._compute))
+        self._put(EngineLoop, "_step", self._closing(EngineLoop._step))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for owner, name, original in reversed(self._originals):
+            setattr(owner, name, original)
+
+    def _put(self, owner: Any, name: str, call: Any) -> None:
+        self._originals.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, call)
+
+    def _timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._is_inside:
+                return call(*args, **kwargs)
+            self._is_inside, start = True, time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self._is_inside = False
+                self._now[part] = self._now.get(part, 0.0) + time.perf_counter() - start
+
+        return timed
+
+    def _noting_rows(self, call: Callable[..., int]) -> Callable[..., int]:
+        def compute(engine: EngineLoop, step: Step) -> int:
+            is_full = len(step.chunks) == self._rows and all(chunk.num_tokens == 1 for chunk in step.chunks)
+            self._now["full"] = float(is_full)
+            return call(engine, step)
+
+        return compute
+
+    def _closing(self, call: Callable[[EngineLoop], bool]) -> Callable[[EngineLoop], bool]:
+        """A step is counted from its beginning to the next one's: what happens between belongs to it."""
+
+        def step(engine: EngineLoop) -> bool:
+            now, begin = self._now, time.perf_counter()
+            if now.pop("full", 0.0):
+                now[REST] = begin - now.pop("begin") - sum(s for part, s in now.items() if part != "begin")
+                self.steps.append(now)
+            self._now = {"begin": begin}
+            return call(engine)
+
+        return step
 
 
 def load_adapters(runner: ModelRunner, kind: str) -> float:
@@ -57,29 +126,32 @@ def load_adapters(runner: ModelRunner, kind: str) -> float:
     return num_bytes
 
 
-def make_requests(kind: str, rows: int, context: int, first: int) -> list[GenerationRequest]:
-    out, block = [], 1
-    for i in range(rows):
-        weights: dict[int, float] = {} if kind == "base" else {i % NUM_ADAPTERS: 1.0}
+async def run_streams(runner: ModelRunner, kind: str, rows: int, context: int, account: Account) -> None:
+    """Streams that decode side by side, and somebody who takes their tokens."""
+    delivery = Delivery()
+    delivery.attach(asyncio.get_running_loop())
+    engine = EngineLoop(runner, num_threads=torch.get_num_threads(), on_step=delivery.flush)
+
+    async def stream(i: int) -> None:
+        weights = {} if kind == "base" else {i % NUM_ADAPTERS: 1.0}
         if kind == "mix":
             weights = {i % NUM_ADAPTERS: 0.5, (i + 3) % NUM_ADAPTERS: 0.5}
-        sampling = SamplingParams(max_new_tokens=512)
+        sampling = SamplingParams(max_new_tokens=NUM_STEPS + rows, ignore_eos=True)
+        prompt = [1000 + i, *range(100, 99 + context - NUM_STEPS // 2)]
+        group = GenerationGroup(engine)
         lease = FixedLease(weights) if weights else None
-        request = GenerationRequest(str(i), [1 + i] * context, sampling, lambda _: None, lease)
-        count = -(-(context + 4 * NUM_STEPS) // BLOCK_SIZE)
-        request.block_ids, block = list(range(block, block + count)), block + count
-        request.arrival, request.num_computed = first + i, context - 1
-        out.append(request)
-    return out
+        request = GenerationRequest(f"{kind}-{i}", prompt, sampling, delivery.emitter(group, 0), lease)
+        group.add(request)
+        engine.submit(request)
+        async for _ in group:
+            pass
 
-
-def run_step(runner: ModelRunner, requests: list[GenerationRequest], routes: RouteMemo) -> None:
-    step = Step([Chunk(request, request.num_computed, 1) for request in requests])
-    batch = build_batch(step, BLOCK_SIZE, runner.device, routes, use_kernels=runner.uses_kernels)
-    logits = runner.forward(batch)
-    for request, sampled in zip(batch.sampled, sample(logits, batch.sampled), strict=True):
-        request.output_ids.append(sampled.token_id or 0)
-        request.num_computed += 1
+    engine.start()
+    try:
+        with account:
+            await asyncio.gather(*(stream(i) for i in range(rows)))
+    finally:
+        await asyncio.to_thread(engine.close)
 
 
 def best_s(work: Callable[[], Any], times: int = 5) -> float:
@@ -102,47 +174,34 @@ def rates() -> tuple[float, float]:
     return 2 * size / read_s, 2 * size * 512 / compute_s
 
 
-def measure(runner: ModelRunner, kind: str, rows: int, context: int, first: int, speed: tuple[float, float]) -> None:
+def measure(runner: ModelRunner, kind: str, rows: int, context: int, speed: tuple[float, float]) -> None:
     adapter_bytes = load_adapters(runner, kind)
-    requests, routes = make_requests(kind, rows, context, first), RouteMemo()
-    for _ in range(3):
-        run_step(runner, requests, routes)
-    times = sorted(best_s(lambda: run_step(runner, requests, routes), 1) for _ in range(NUM_STEPS))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        start = time.perf_counter()
-        for _ in range(5):
-            run_step(runner, requests, routes)
-        profiled_s = (time.perf_counter() - start) / 5
-    own = {event.key: event.self_cpu_time_total / 5e6 for event in profile.key_averages()}
+    account = Account(rows)
+    asyncio.run(run_streams(runner, kind, rows, context, account))
+    totals = sorted(sum(seconds for part, seconds in step.items() if part != "begin") for step in account.steps)
     weight_bytes = sum(2 * layer.in_features * layer.out_features for layer in runner.layers.values())
     cache_bytes = rows * context * runner.cache.num_bytes_per_token
     read = (weight_bytes + adapter_bytes + cache_bytes) / speed[0]
     compute = rows * (weight_bytes + adapter_bytes) / speed[1]
-    floor_s = max(read, compute)
-    median_s = times[len(times) // 2]
-    measured = f"{1e3 * median_s:6.1f} ms (best {1e3 * times[0]:.1f})"
+    floor_s, median_s = max(read, compute), totals[len(totals) // 2]
+    measured = f"{1e3 * median_s:6.1f} ms (best {1e3 * totals[0]:.1f}, {len(totals)} steps)"
     print(f"{kind:6} {measured}   floor {1e3 * floor_s:.1f} ms   ratio {median_s / floor_s:.2f}")
-    known = {part: sum(own.get(name, 0.0) for name in names) for part, names in PARTS.items()}
-    known["other operators"] = sum(own.values()) - sum(known.values())
-    known["Python, scheduling of operators"] = max(profiled_s - sum(own.values()), 0.0)
-    for part, seconds in known.items():
-        print(f"       {part:32} {1e3 * seconds:6.1f} ms  {seconds / profiled_s:5.0%}")
+    mean_s = sum(totals) / len(totals)
+    for part in (*dict.fromkeys(part for part, _, _ in PARTS), REST):
+        seconds = sum(step.get(part, 0.0) for step in account.steps) / len(account.steps)
+        print(f"       {part:26} {1e3 * seconds:6.1f} ms  {seconds / mean_s:5.0%}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="tests.bench --profile", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--context", type=int, default=192)
     parser.add_argument("--kinds", default="base,lora,rank8,dora,mix")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     start_quietly()
-    config = EngineConfig(kv_bytes=1 << 29, block_size=BLOCK_SIZE)
+    config = EngineConfig(kv_bytes=1 << 29, use_prefix_cache=False)
     runner = load_runner(ensure_demo_model(report=print), config, dtype=torch.bfloat16, device=torch.device("cpu"))
     speed = rates()
     print(f"products read {speed[0] / 1e9:.1f} GB/s and compute {speed[1] / 1e9:.0f} GFLOP/s")
-    for i, kind in enumerate(args.kinds.split(",")):
-        measure(runner, kind, args.rows, args.context, 1_000 * (i + 1), speed)
-
-
-if __name__ == "__main__":
-    main()
+    for kind in args.kinds.split(","):
+        measure(runner, kind, args.rows, args.context, speed)

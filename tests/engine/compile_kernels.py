@@ -1,4 +1,4 @@
-"""Compile every kernel for NVIDIA GPUs, which needs none: `python -m tests.engine.compile_kernels`, a line for each set.
+"""Compile every kernel for NVIDIA GPUs, which needs none: `python -m tests.engine.compile_kernels`, some at a time.
 
 The interpreter runs kernels as Python. What it lets pass (types that change in a loop, shapes that are no power of two)
 shows here.
