@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["PackedWeight"]
+__all__ = ["INT4_GROUP", "Int4Weight", "PackedWeight", "can_be_int4", "has_int4", "round_to_int4"]
 
 # The kernels choose a layout for about so many rows; it serves other numbers nearly as well.
 TYPICAL_ROWS = 16
 PACKABLE = (torch.float32, torch.bfloat16)
+# Numbers along the input that share a scale and an offset in 4 bits.
+INT4_GROUP = 32
+# With more rows, reading 4 bits takes longer than reading 16.
+MAX_INT4_ROWS = 4
 
 
 class PackedWeight:
@@ -51,6 +55,65 @@ class PackedWeight:
         """The weight [O, I], bit for bit: a copy if it is packed, its own storage otherwise."""
         torch.get_num_threads()  # oneDNN would ask OpenMP; a thread's first PyTorch operator sets the number there
         return self._weight.to_dense() if self.is_packed else self._weight
+
+
+class Int4Weight:
+    """y = x·Wᵀ + b for one W [O, I] rounded to 4 bits: a few rows read 4 bits a weight, more rows the packed form.
+
+    A product of few rows takes as long as reading its weights; of many, as long as its arithmetic, which 4 bits do not
+    shorten. So both forms of the same numbers are held, 1.3 times the bytes of the packed one alone.
+
+    Args:
+        weight: [O, I]; see `can_be_int4`.
+    """
+
+    is_packed = True
+
+    def __init__(self, weight: Tensor) -> None:
+        codes, scale, middle = _int4_parts(weight)
+        self._int4 = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.flatten(1), 1)
+        self._scales = torch.stack([scale, middle], dim=-1).transpose(0, 1).contiguous().to(weight.dtype)
+        self._many = PackedWeight(round_to_int4(weight))
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., I], bias [O] -> [..., O]."""
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) > MAX_INT4_ROWS:
+            return self._many(x, bias)
+        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self._int4, INT4_GROUP, self._scales)
+        return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], -1)
+
+    def unpack(self) -> Tensor:
+        """The rounded weight [O, I]."""
+        return self._many.unpack()
+
+
+def has_int4() -> bool:
+    """This build of PyTorch has the operators that `Int4Weight` needs."""
+    names = ("_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu")
+    return all(hasattr(torch.ops.aten, name) for name in names)
+
+
+def can_be_int4(weight: Tensor) -> bool:
+    """[O, I] in bfloat16 on a CPU, with O a multiple of 16 and I of the group."""
+    is_whole = weight.ndim == 2 and weight.shape[0] % 16 == 0 and weight.shape[1] % INT4_GROUP == 0
+    return is_whole and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.numel() > 0
+
+
+def round_to_int4(weight: Tensor) -> Tensor:
+    """What 4 bits hold of a weight [O, I]: in each group, 16 numbers evenly spaced from its least to its greatest."""
+    codes, scale, middle = _int4_parts(weight)
+    return ((codes.float() - 8) * scale[..., None] + middle[..., None]).flatten(1).to(weight.dtype)
+
+
+def _int4_parts(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [O, G, 32] 0 to 15, and each group's scale and the value of code 8, [O, G], as the kernel has them."""
+    groups = weight.detach().float().unflatten(1, (-1, INT4_GROUP))
+    least, greatest = groups.amin(-1), groups.amax(-1)
+    scale = ((greatest - least) / 15).to(weight.dtype).float()
+    middle = (least + 8 * scale).to(weight.dtype).float()
+    steps = (groups - middle[..., None]) / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+    return (steps + 8).round_().clamp_(0, 15).to(torch.int32), scale, middle
 
 
 def _is_packable(weight: Tensor) -> bool:

@@ -23,7 +23,7 @@ from lora_core.device_slots import DeviceSlots, LayerKernels
 from lora_core.layer import LoraLinear, is_conv1d, linear_shape, linear_weight
 from lora_core.ops.kernels import KernelGroup
 from lora_core.ops.packed import AdapterPacker, GroupAdapters
-from lora_core.packing import PackedWeight
+from lora_core.packing import Int4Weight, PackedWeight, can_be_int4
 from lora_core.quant import is_quantized
 from lora_core.slots import LayerSlots, SlotsOfLayer
 
@@ -36,12 +36,18 @@ class SharedLinears:
     Args:
         members: their slots are attached already; each base layer is replaced by a `PackedLinear`.
         packer: one for the whole model.
+        pack: the form that the weights [ΣO, I] get.
 
     Attributes:
         sizes: output features of each member; their sum is ΣO.
     """
 
-    def __init__(self, members: Sequence[LoraLinear], packer: AdapterPacker) -> None:
+    def __init__(
+        self,
+        members: Sequence[LoraLinear],
+        packer: AdapterPacker,
+        pack: Callable[[Tensor], PackedWeight | Int4Weight] = PackedWeight,
+    ) -> None:
         self.members = list(members)
         self.sizes = [member.out_features for member in members]
         self.router = members[0].router
@@ -49,7 +55,7 @@ class SharedLinears:
         self.adapters = _group_adapters([member.slots for member in members], packer)
         base_layers = [member.base_layer for member in members]
         weights = [linear_weight(layer).detach() for layer in base_layers]
-        self._packed = PackedWeight(weights[0] if len(weights) == 1 else torch.cat(weights))
+        self._packed = pack(weights[0] if len(weights) == 1 else torch.cat(weights))
         biases = [member.bias.detach() for member in members if member.bias is not None]
         self.bias = torch.cat(biases) if biases else None
         self._x: Tensor | None = None
@@ -159,9 +165,13 @@ def find_shared_inputs(layers: Mapping[str, LoraLinear], trial: Callable[[], obj
 
 
 def share_inputs(
-    layers: Mapping[str, LoraLinear], groups: Sequence[Sequence[str]], packer: AdapterPacker
+    layers: Mapping[str, LoraLinear], groups: Sequence[Sequence[str]], packer: AdapterPacker, *, as_int4: bool = False
 ) -> list[SharedLinears]:
-    """Compute each group of layers as one, in place; layers of unknown kinds stay as they are."""
+    """Compute each group of layers as one, in place; layers of unknown kinds stay as they are.
+
+    Args:
+        as_int4: few rows read weights in 4 bits, where the weights allow it; the output embedding does not.
+    """
     out: list[SharedLinears] = []
     for names in groups:
         members = [layers[name] for name in names]
@@ -169,7 +179,9 @@ def share_inputs(
             continue
         kinds = {(member.bias is None, member.weight.dtype) for member in members}
         parts = [members] if len(kinds) == 1 else [[member] for member in members]
-        out += [SharedLinears(part, packer) for part in parts]
+        for part in parts:
+            is_int4 = as_int4 and not any(m.is_head or not can_be_int4(linear_weight(m.base_layer)) for m in part)
+            out.append(SharedLinears(part, packer, Int4Weight if is_int4 else PackedWeight))
     return out
 
 

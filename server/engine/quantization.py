@@ -1,7 +1,9 @@
-"""Which form of weights a model is loaded in: its own, or 4 or 8 bits by bitsandbytes while it is read.
+"""Which form of weights a model is loaded in: its own, 4 or 8 bits by bitsandbytes while it is read, or `int4`.
 
-transformers reads one tensor at a time and quantizes it before the next, so the whole model is never held in full
-precision. A checkpoint that says itself how it is quantized is loaded that way; asking for another way is an error.
+With bitsandbytes transformers reads one tensor at a time and quantizes it before the next, so the whole model is never
+held in full precision. A checkpoint that says itself how it is quantized is loaded that way; asking for another way is
+an error. `int4` is for speed on a CPU, not for memory: the loaded weights are rounded, and held in two forms
+(`lora_core.packing.Int4Weight`).
 """
 
 from collections.abc import Mapping
@@ -10,12 +12,15 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-from transformers import BitsAndBytesConfig
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from lora_core.layer import is_conv1d, linear_weight
+from lora_core.packing import can_be_int4, has_int4, round_to_int4
 from lora_core.quant import quiet_bitsandbytes
 from server.errors import InvalidRequestError
 
-__all__ = ["Quantization", "checkpoint_quantization", "loading_options"]
+__all__ = ["Quantization", "checkpoint_quantization", "loading_options", "round_weights"]
 
 NEEDED_PACKAGES = ("bitsandbytes", "accelerate")
 DEVICES = frozenset({"cpu", "cuda"})
@@ -31,7 +36,7 @@ class Quantization:
         double_quant: with 4 bits, quantize their scales as well (0.4 bits a weight less on a GPU).
     """
 
-    kind: Literal["none", "nf4", "fp4", "int8"] = "none"
+    kind: Literal["none", "nf4", "fp4", "int8", "int4"] = "none"
     double_quant: bool = False
 
 
@@ -67,12 +72,35 @@ def loading_options(
     wanted = own or kind
     if wanted == "none":
         return {}
+    if kind == "int4":
+        _check_int4(dtype, device)
+        return {}
     options: dict[str, Any] = {"device_map": {"": str(device)}}
     if wanted in FOUR_BITS or wanted == "int8":
         _check_bitsandbytes(wanted, device)
         if own is None:
             options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
     return options
+
+
+def round_weights(model: nn.Module) -> None:
+    """Give the linear layers but the head, in place, the numbers that `int4` computes with."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    for module in model.modules():
+        if module is head or not (type(module) is nn.Linear or is_conv1d(module)):
+            continue
+        weight = linear_weight(module)
+        if can_be_int4(weight):
+            with torch.no_grad():
+                weight.copy_(round_to_int4(weight))
+
+
+def _check_int4(dtype: torch.dtype, device: torch.device) -> None:
+    if device.type != "cpu" or dtype != torch.bfloat16 or not has_int4():
+        raise InvalidRequestError(
+            f"int4 is computed with on CPUs in bfloat16, not on {device.type} in {str(dtype).removeprefix('torch.')}",
+            code="quantization_unsupported",
+        )
 
 
 def _check_bitsandbytes(kind: str, device: torch.device) -> None:

@@ -13,6 +13,8 @@ from tests.bench.gpu_model import Shape
 __all__ = ["continuous_step_s", "peft_step_s"]
 
 RANK = 16
+PAGE_SIZE = 16
+MAX_BATCH_TOKENS = 2_048
 
 
 class _Clock:
@@ -51,8 +53,13 @@ def peft_step_s(model: Any, shape: Shape, prompts: list[list[int]], num_adapters
 
 def continuous_step_s(model: Any, shape: Shape, prompts: list[list[int]]) -> float:
     """Seconds of a decode step of all rows: what further tokens cost beyond a short run."""
-    from transformers import GenerationConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
+    num_blocks = 2 * len(prompts) * -(-(shape.context + shape.num_new) // PAGE_SIZE)
+    # Left alone it takes most of the memory, on a CPU most of the machine's.
+    sizes = ContinuousBatchingConfig(
+        page_size=PAGE_SIZE, num_blocks=num_blocks, max_batch_tokens=max(MAX_BATCH_TOKENS, len(prompts))
+    )
     model.set_attn_implementation("sdpa")
     short = 2
 
@@ -61,7 +68,7 @@ def continuous_step_s(model: Any, shape: Shape, prompts: list[list[int]]) -> flo
         start = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            out = model.generate_batch(inputs=prompts, generation_config=config)
+            out = model.generate_batch(inputs=prompts, generation_config=config, continuous_batching_config=sizes)
         seconds = time.perf_counter() - start
         assert all(len(result.generated_tokens) == num_new for result in out.values())
         return seconds

@@ -126,7 +126,8 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
         slots[mix] = {slot: weight for name, weight in weights.items() for slot in slots[name]}
         deltas = [(weight, peft_adapters.merged_delta(full, models[name])) for name, weight in weights.items()]
         references[mix] = peft_adapters.with_deltas(full, deltas)
-    yield Case(runner, slots, references, tolerance=0.4 if quantization.kind == "int8" else 2e-3)
+    # int8 layers round their inputs: last bits decide, and differences grow over SmolLM2's 30 layers.
+    yield Case(runner, slots, references, tolerance=(1.5 if is_demo else 0.4) if quantization.kind == "int8" else 2e-3)
     gc.collect()
 
 
