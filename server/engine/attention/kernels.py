@@ -119,18 +119,23 @@ def attend(call: AttentionCall, query: Tensor, keys: Tensor, values: Tensor, til
         num_stages=2,
     )
     if splits > 1:
-        _join[(num_tiles, out.shape[1])](
-            parts,
-            sums,
-            tiles.fields,
-            out,
-            out.shape[0],
-            out.shape[1],
-            VALUE_DIM=value_dim,
-            BLOCK_VALUE_DIM=triton.next_power_of_2(value_dim),
-            SPLITS=splits,
-            num_warps=1,
-        )
+        _launch_join(parts, sums, tiles, out)
+
+
+def _launch_join(parts: Tensor, sums: Tensor, tiles: Tiles, out: Tensor) -> None:
+    """parts [splits, T, H, Dv] and sums [splits, 2, T, H] give out [T, H, Dv]."""
+    _join[(len(tiles.fields), out.shape[1])](
+        parts,
+        sums,
+        tiles.fields,
+        out,
+        out.shape[0],
+        out.shape[1],
+        VALUE_DIM=out.shape[2],
+        BLOCK_VALUE_DIM=triton.next_power_of_2(out.shape[2]),
+        SPLITS=tiles.num_splits,
+        num_warps=1,
+    )
 
 
 @triton.jit
