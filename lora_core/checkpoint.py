@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_core.config import CONFIG_NAME, LoraConfig
 from lora_core.errors import CheckpointError, TargetError, UnsupportedError
+from lora_core.maths import is_finite
 from lora_core.safetensors_header import TensorInfo, read_header
 from lora_core.targets import match_targets
 from lora_core.weights import AdapterWeights, LoraTensors
@@ -272,4 +273,4 @@ def _check_module(config: LoraConfig, name: str, r: int, parts: Mapping[str, Ten
 
 def non_finite_tensor(adapter: AdapterWeights) -> str | None:
     """Name of the first module with a NaN or infinite value in it, or None."""
-    return next((name for name, tensor in adapter.tensors() if not bool(torch.isfinite(tensor).all())), None)
+    return next((name for name, tensor in adapter.tensors() if not is_finite(tensor)), None)

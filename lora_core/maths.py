@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_core.errors import TargetError
 from lora_core.weights import LoraTensors
 
-__all__ = ["Folded", "delta_weight", "dora_gain", "fold", "weight_change"]
+__all__ = ["Folded", "delta_weight", "dora_gain", "fold", "is_finite", "weight_change"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,3 +104,13 @@ def fold(part: LoraTensors, scaling: float, base_weight: Tensor | None = None) -
         raise TargetError("a DoRA adapter needs the base weight, of its own shape")
     gain = dora_gain(part.magnitude, base_weight, part.lora_A, part.lora_B, scaling)
     return Folded(part.lora_A, b * gain, gain - 1, bias)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """No element of a floating-point tensor is NaN or infinite.
+
+    Its extremes tell, as NaN comes through; `isfinite` takes ten times as long in bfloat16.
+    """
+    if not tensor.numel():
+        return True
+    return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))

@@ -20,7 +20,7 @@ from lora_core.errors import LoraError, TargetError, UnsupportedError
 from lora_core.inject import layer_kind, lora_layer, parameter_layer, token_layer, whole_module
 from lora_core.layer import LoraLayer, LoraLinear, is_linear, linear_weight
 from lora_core.ledger import FACTORS, Outcome, TensorLedger
-from lora_core.maths import Folded, fold
+from lora_core.maths import Folded, fold, is_finite
 from lora_core.parameter import LoraParameter
 from lora_core.routing import Router
 from lora_core.shared import PackedLinear
@@ -212,7 +212,7 @@ class _Folding:
             with self._refusing(name + ROWS_SUFFIX):
                 self.out[name] = self._rows(name, indices)
         for name, part in self.out.items():
-            if not all(bool(torch.isfinite(t).all()) for t in part.tensors()):
+            if not all(map(is_finite, part.tensors())):
                 error = TargetError(f"module {name!r} is not finite in {self.dtype}", code="adapter_not_finite")
                 self.ledger.refuse(name, error)
         self.ledger.settle()

@@ -160,8 +160,7 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
     adapters = AdapterService(store, registry, intake, base_names=base_names, max_rank=settings.max_rank)
     _import_adapters(settings, store, adapters, report)
     imports = ImportRoot(settings.import_root)
-    served = ServedWeights(dtype=str(dtype).removeprefix("torch."))
-    jobs = _jobs(settings, path, store, adapters, imports, served)
+    jobs = _jobs(settings, path, store, adapters, imports, _served_weights(runner))
     return Server(
         runner=runner,
         engine=engine,
@@ -333,6 +332,16 @@ def _jobs(
     jobs = JobQueue(JobStore(settings.store / "jobs"), handler)
     jobs.open()
     return jobs
+
+
+def _served_weights(runner: ModelRunner) -> ServedWeights:
+    """What the model's configuration says once it is loaded, whether its files are quantized or loading did it."""
+    found = getattr(runner.model.config, "quantization_config", None)
+    return ServedWeights(
+        kind=runner.quantization or "none",
+        double_quant=bool(getattr(found, "bnb_4bit_use_double_quant", False)),
+        dtype=str(runner.dtype).removeprefix("torch."),
+    )
 
 
 def _names(settings: Settings, adapters: AdapterService, model_id: str) -> ModelNames:

@@ -2,7 +2,9 @@
 
 import itertools
 import logging
+import os
 import queue
+import sys
 import threading
 from collections.abc import Callable
 
@@ -10,9 +12,13 @@ __all__ = ["PriorityThreads"]
 
 logger = logging.getLogger(__name__)
 
+# The engine's step is as fast as the slowest of its threads, which need every core: who works beside them gives way.
+NICENESS = 10
+
 
 class PriorityThreads:
     """Runs pieces of work, those with the lowest number first and equal ones in order. Threads start with the first.
+    They are of lower priority than others where the system has such.
 
     Args:
         num_threads: pieces that may run at once.
@@ -49,6 +55,8 @@ class PriorityThreads:
             thread.join()
 
     def _run(self) -> None:
+        if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         while not self._is_closed:
             _, _, work = self._work.get()
             if self._is_closed:

@@ -87,7 +87,7 @@ class AdapterJobs:
         """See `JobHandler.resolve`."""
         if options.get("name"):
             self._adapters.check_name(options["name"])
-        for key in ("path", "initial_path"):
+        for key in ("path", "initial_path", "original_path"):
             if options.get(key):
                 self._imports.folder(options[key])
         if options.get("repo") and not self._allow_hub:
@@ -132,7 +132,7 @@ class AdapterJobs:
             task["seed"] = options["seed"]
             task["options"] = {key: value for key, value in options.items() if key not in NOT_FOR_MIXING}
             return task
-        for key, name in (("path", "path"), ("initial_path", "initial")):
+        for key, name in (("path", "path"), ("initial_path", "initial"), ("original_path", "base")):
             if options.get(key):
                 task[name] = str(self._imports.folder(options[key]))
         task |= {key: options[key] for key in TASK_OPTIONS if key in options}

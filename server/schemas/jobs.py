@@ -125,6 +125,9 @@ class _Quantized(_Publishing):
     """For a served base that is quantized, or one that is not and will be."""
 
     quantization: Literal["nf4", "fp4", "int8"] | None = Field(None, description="that of the served base by default")
+    original_path: FolderPath | None = Field(
+        None, description="the unquantized model's folder below the import root, if the base's own files are quantized"
+    )
     prompts: list[Annotated[str, Field(min_length=1, max_length=1 << 16)]] | None = Field(
         None, min_length=1, max_length=64, description="texts of the kind that is asked; a few of our own by default"
     )

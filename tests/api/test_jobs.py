@@ -2,17 +2,21 @@
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from tests import peft_adapters
-from tests.api.conftest import Live
+from tests.api.conftest import Live, serve
 from tests.api.test_generations import generate
+from tests.tiny_folder import tiny_tokenizer
 
 TIMEOUT_S = 120
+PROMPT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all."
 
 
 def submit(client: httpx.Client, **body: Any) -> dict[str, Any]:
@@ -93,3 +97,27 @@ def test_jobs_that_there_are_not(client: httpx.Client) -> None:
     for method, path in (("GET", ""), ("POST", "/cancel"), ("POST", "/retry"), ("GET", "/events")):
         response = client.request(method, f"/admin/jobs/{'0' * 32}{path}")
         assert (response.status_code, response.json()["error"]["code"]) == (404, "job_not_found")
+
+
+def test_compensation_on_a_quantized_base_brings_answers_back(tiny: Any, tmp_path: Path) -> None:
+    base, ids = tiny[1]["base"], tiny_tokenizer()(PROMPT).input_ids
+    with torch.no_grad():
+        rows = torch.log_softmax(base(torch.tensor([ids])).logits[0], -1)
+    wanted = torch.stack([row[token] for row, token in zip(rows, ids[1:], strict=False)])
+
+    def distance(client: httpx.Client, adapter: str | None) -> float:
+        parameters = {"max_new_tokens": 1, "details": True, "decoder_input_details": True, "adapter_id": adapter}
+        answer = client.post("/generate", json={"inputs": PROMPT, "parameters": parameters}).json()
+        found = [token["logprob"] for token in answer["details"]["prefill"]][1:]
+        return float((torch.tensor(found) - wanted).abs().mean())
+
+    with (
+        serve(tiny, tmp_path / "store", quantization="nf4") as live,
+        httpx.Client(base_url=live.url, timeout=60) as own,
+    ):
+        before = distance(own, None)
+        job = submit(own, kind="loftq-compensation", name="back", rank=32)
+        ended = events(own, job["job_id"])[-1]
+        assert ended["state"] == "succeeded", ended["error"]
+        assert ended["result"]["quantization"] == "nf4"
+        assert distance(own, "back") < before / 5

@@ -2,8 +2,8 @@
 
     python -m tests.bench.lifecycle [stall] [zipf] [fair] [--rounds 3] [--into lifecycle]
 
-- stall: 16 running streams on 8 resident adapters; beside them 50 requests one after the other, first all on a resident
-  adapter, then each on a cold one of rank 64. Inter-token latency of the 16 streams meanwhile.
+- stall: 16 running streams on 8 resident adapters; beside them 50 requests one after the other on adapters of rank 64,
+  first on resident ones in turn, then each on a cold one. Inter-token latency of the 16 streams meanwhile.
 - zipf: streams whose adapters follow Zipf's law over 16 registered adapters, and over 2,000, with 16 slots. Tokens a
   second, how much longer a start with 2,000 takes, and the most that the tiers held.
 - fair: a small tenant that asks once a second beside one that keeps the batch full and no more, and beside one that
@@ -171,16 +171,18 @@ def stall(root: Path, material: Material, rounds: int) -> dict[str, Any]:
     text = material.prompt(16, 1)[1]
     found: dict[str, list[dict[str, float]]] = {"resident": [], "cold": []}
     with serving(root, **{"max-slots": 16, "max-running": 32, "slot-memory": "1G", "host-memory": "1G"}) as served:
-        served.run([job(text, f"warm{i}", 16) for i in range(8)], 8)
+        cold = [f"cold{i}" for i in range(NUM_COLD)]
         for _ in range(rounds):
-            for kind, names in (("resident", ["warm0"] * NUM_COLD), ("cold", [f"cold{i}" for i in range(NUM_COLD)])):
-                for name in names if kind == "cold" else ():
+            for kind, figures in found.items():
+                for name in cold:
                     served.call("POST", f"/admin/adapters/{name}/evict")
+                names = cold if kind == "cold" else (cold[:8] * NUM_COLD)[:NUM_COLD]
+                resident = [f"warm{i}" for i in range(8)] + (cold[:8] if kind == "resident" else [])
+                served.run([job(text, name, 16) for name in resident], 16)
                 account = CpuAccount()
-                num_new = 900 if kind == "cold" else 500
-                figures = asyncio.run(_streams_beside(served, text, names, num_new))
-                found[kind].append(figures | {"other_cpu_share": account.other_share()})
-                show(f"stall, beside {kind}", found[kind][-1])
+                beside = asyncio.run(_streams_beside(served, text, names, 900 if kind == "cold" else 500))
+                figures.append(beside | {"other_cpu_share": account.other_share()})
+                show(f"stall, beside {kind}", figures[-1])
     return {"runs": found, "ratios": {"stall": ratio(found["cold"], found["resident"], "itl_p99_ms")}}
 
 
@@ -199,27 +201,24 @@ def zipf(root: Path, material: Material, rounds: int) -> dict[str, Any]:
     rng = random.Random(0)
     with serving(many, **flags) as served:
         served.run([job("Hello", f"zipf{i}", 16) for i in range(16)], NUM_STREAMS)
-        begin_rss = memory_bytes(served.process.pid)
-        with Sampler(served) as sampler:
-            for i in range(rounds):
-                for number in (16, NUM_REGISTERED):
-                    weights = [1 / (k + 1) for k in range(number)]
-                    names = rng.choices(range(number), weights, k=160)
-                    texts = [material.prompt(32, 1_000 * i + k)[1] for k in range(len(names))]
-                    jobs = [job(text, f"zipf{k}", 64) for text, k in zip(texts, names, strict=True)]
-                    account = CpuAccount()
+        for i in range(rounds):
+            for number in (16, NUM_REGISTERED):
+                weights = [1 / (k + 1) for k in range(number)]
+                names = rng.choices(range(number), weights, k=160)
+                texts = [material.prompt(32, 1_000 * i + k)[1] for k in range(len(names))]
+                jobs = [job(text, f"zipf{k}", 64) for text, k in zip(texts, names, strict=True)]
+                account = CpuAccount()
+                with Sampler(served) as sampler:
                     seconds, results = served.run(jobs, NUM_STREAMS)
-                    figures = {**summary(seconds, results), "num_distinct": len(set(names))}
-                    found[str(number)].append(figures | {"other_cpu_share": account.other_share()})
-                    show(f"zipf over {number}", figures)
+                figures = {**summary(seconds, results), "num_distinct": len(set(names)), **sampler.most}
+                figures |= {"num_samples": sampler.num_samples, "other_cpu_share": account.other_share()}
+                found[str(number)].append(figures)
+                show(f"zipf over {number}", figures)
         tiers = served.call("GET", "/admin/tiers")
-    most = sampler.most | {"num_samples": sampler.num_samples, "rss_before_bytes": begin_rss}
-    show("zipf, most held", most)
     speed = ratio(found[str(NUM_REGISTERED)], found["16"], "output_tokens_per_s")
     return {
         "runs": found,
         "starts_s": starts,
-        "most": most,
         "tiers": tiers,
         "ratios": {"zipf": speed, "start_s": later_s},
     }

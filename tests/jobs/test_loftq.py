@@ -1,5 +1,6 @@
 """LoftQ and compensation against a quantized base: what they give back, judged by the models themselves."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,16 @@ def test_loftq_makes_a_new_adapter_that_brings_the_model_nearer(shop: Shop) -> N
     config, _ = read_adapter(shop.folder("fresh"))
     assert (config.r, config.lora_alpha) == (8, 8)
     assert distance(shop, shop.folder("fresh")) < distance(shop, None)
+
+
+def test_the_original_can_be_another_folder_than_the_base(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = shop.result("loftq-compensation", name="back", rank=4, quantization="nf4")["adapter"]["digest"]
+    shutil.copytree(shop.model, shop.import_root / "original")
+    monkeypatch.setattr(shop.queue._handler, "_base", shop.root)  # no model is there
+    options = {"name": "back", "rank": 4, "quantization": "nf4"}
+    assert shop.run("loftq-compensation", **options).record.state is JobState.FAILED
+    result = shop.result("loftq-compensation", original_path="original", **options)
+    assert result["adapter"]["digest"] == expected
 
 
 def test_what_cannot_be_says_why(shop: Shop) -> None:
