@@ -3,6 +3,7 @@
 from lora_core.checkpoint import load_adapter, parse_adapter, save_adapter
 from lora_core.config import LoftQConfig, LoraConfig
 from lora_core.convert import convert_to_lora, simplify_adapter
+from lora_core.device_bank import DeviceModelSlots, attach_slots, flatten_parts
 from lora_core.errors import (
     AdapterNotFoundError,
     CheckpointError,
@@ -19,7 +20,7 @@ from lora_core.model import LoraModel
 from lora_core.ops import apply_lora
 from lora_core.quant import prepare_model_for_kbit_training
 from lora_core.routing import Key, Route, Router, Run
-from lora_core.serving import ModelSlots, Part, attach_slots, fold_adapter, wrap_linears
+from lora_core.serving import ModelSlots, Part, fold_adapter, wrap_linears
 from lora_core.slots import LayerSlots, SlotBank
 from lora_core.state import get_peft_model_state_dict, set_peft_model_state_dict
 from lora_core.targets import resolve_targets
@@ -30,6 +31,7 @@ __all__ = [
     "AdapterWeights",
     "CheckpointError",
     "ConfigError",
+    "DeviceModelSlots",
     "Key",
     "LayerSlots",
     "LoftQConfig",
@@ -51,6 +53,7 @@ __all__ = [
     "apply_lora",
     "attach_slots",
     "convert_to_lora",
+    "flatten_parts",
     "fold_adapter",
     "get_peft_model",
     "get_peft_model_state_dict",

@@ -22,7 +22,7 @@ from lora_core.maths import Folded, dora_gain, fold, weight_change
 from lora_core.ops import apply_rows
 from lora_core.quant import dequantized_weight, is_opaque_linear, is_quantized, keep_layout, quantized_like
 from lora_core.routing import Key, Route, Router
-from lora_core.slots import LayerSlots
+from lora_core.slots import SlotsOfLayer
 from lora_core.weights import LoraTensors
 
 __all__ = [
@@ -109,7 +109,7 @@ class LoraLayer(AdapterModule):
         self.base_layer = base_layer
         keep_layout(base_layer)
         self.out_features, self.in_features = self.shape_of(base_layer)
-        self.slots: LayerSlots | None = None
+        self.slots: SlotsOfLayer | None = None
         self.shared: _SharedOutput | None = None
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()

@@ -24,7 +24,7 @@ from lora_core.maths import Folded, fold, is_finite
 from lora_core.parameter import LoraParameter
 from lora_core.routing import Router
 from lora_core.shared import PackedLinear
-from lora_core.slots import LayerSlots, SlotBank
+from lora_core.slots import LayerSlots, SlotBank, SlotsOfLayer
 from lora_core.targets import Parts, Target, output_embedding_name, resolve
 from lora_core.weights import AdapterWeights, LoraTensors
 
@@ -34,7 +34,6 @@ __all__ = [
     "ModuleCopy",
     "Part",
     "TokenRows",
-    "attach_slots",
     "fold_adapter",
     "wrap_linears",
 ]
@@ -90,17 +89,6 @@ def wrap_linears(model: nn.Module, router: Router, names: Iterable[str] | None =
     return {name: cast(LoraLinear, lora_layer(model, router, name, is_head=name == head)) for name in names}
 
 
-def attach_slots(
-    layers: Mapping[str, LoraLinear], max_slots: int, *, dtype: torch.dtype, model: nn.Module | None = None
-) -> "ModelSlots":
-    """Give every layer slots for `max_slots` adapters, held in `dtype`; memory is taken as adapters come.
-
-    Args:
-        model: where the layers are; needed for adapters that have more than these layers.
-    """
-    return ModelSlots(layers, max_slots, dtype=dtype, model=model)
-
-
 class ModelSlots(SlotBank):
     """The slots of a whole model.
 
@@ -116,9 +104,10 @@ class ModelSlots(SlotBank):
         self._model = nn.Module() if model is None else model
         self._router = next(iter(layers.values())).router
         self._dtype = dtype
+        self._max_slots = max_slots
         self._head = output_embedding_name(self._model)
         self._placed: dict[int, list[tuple[Any, Part]]] = {}
-        super().__init__({name: _layer_slots(layer, max_slots, dtype) for name, layer in layers.items()}, max_slots)
+        super().__init__({name: self._make_slots(layer) for name, layer in layers.items()}, max_slots)
 
     @property
     def num_bytes(self) -> int:
@@ -134,7 +123,7 @@ class ModelSlots(SlotBank):
         folded = {name: part for name, part in modules.items() if isinstance(part, Folded)}
         for name in folded.keys() - self.layers.keys():
             layer = lora_layer(self._model, self._router, name, is_head=name == self._head)
-            self.add_layer(name, _layer_slots(layer, self.max_slots, self._dtype))
+            self.add_layer(name, self._make_slots(layer))
         super().load(slot, folded)
         self._placed[slot] = [
             (self._place(name, part, slot), part) for name, part in modules.items() if not isinstance(part, Folded)
@@ -144,6 +133,13 @@ class ModelSlots(SlotBank):
         super().free(slot)
         for holder, _ in self._placed.pop(slot, ()):
             del holder[slot]
+
+    def _make_slots(self, layer: LoraLayer) -> SlotsOfLayer:
+        slots = LayerSlots(
+            layer.in_features, layer.out_features, self._max_slots, dtype=self._dtype, device=layer.device
+        )
+        layer.slots = slots
+        return slots
 
     def _place(self, name: str, part: Part, slot: int) -> dict[Any, Any]:
         """Give a part to its wrapper; returns the dictionary that holds it."""
@@ -160,11 +156,6 @@ class ModelSlots(SlotBank):
         factors = parameter_layer(self._model, self._router, module, parameter).slots
         factors[slot] = (part.factors, part.scaling)
         return factors
-
-
-def _layer_slots(layer: LoraLayer, max_slots: int, dtype: torch.dtype) -> LayerSlots:
-    layer.slots = LayerSlots(layer.in_features, layer.out_features, max_slots, dtype=dtype, device=layer.device)
-    return layer.slots
 
 
 def fold_adapter(

@@ -19,10 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_core.device_slots import DeviceSlots, LayerKernels
 from lora_core.layer import LoraLinear, is_conv1d, linear_shape, linear_weight
+from lora_core.ops.kernels import KernelGroup
 from lora_core.ops.packed import AdapterPacker, GroupAdapters
 from lora_core.packing import Int4Weight, PackedWeight, can_be_int4
 from lora_core.quant import is_quantized
+from lora_core.slots import LayerSlots, SlotsOfLayer
 
 __all__ = ["PackedLinear", "SharedLinears", "find_shared_inputs", "share_inputs"]
 
@@ -49,7 +52,7 @@ class SharedLinears:
         self.sizes = [member.out_features for member in members]
         self.router = members[0].router
         self.is_head = members[0].is_head
-        self.adapters = GroupAdapters([member.slots for member in members if member.slots is not None], packer)
+        self.adapters = _group_adapters([member.slots for member in members], packer)
         base_layers = [member.base_layer for member in members]
         weights = [linear_weight(layer).detach() for layer in base_layers]
         self._packed = pack(weights[0] if len(weights) == 1 else torch.cat(weights))
@@ -98,6 +101,14 @@ class SharedLinears:
         """One member's weight [O, I], bit for bit."""
         start = sum(self.sizes[:index])
         return self._packed.unpack()[start : start + self.sizes[index]]
+
+
+def _group_adapters(slots: Sequence[SlotsOfLayer | None], packer: AdapterPacker) -> LayerKernels:
+    """What applies the members' adapters: kernels if they are on a device, packed products if they are in arenas."""
+    on_device = [member for member in slots if isinstance(member, DeviceSlots)]
+    return (
+        KernelGroup(on_device) if on_device else GroupAdapters([s for s in slots if isinstance(s, LayerSlots)], packer)
+    )
 
 
 class PackedLinear(nn.Module):

@@ -12,7 +12,7 @@ pass. Freeing and loading are serialised by the bank's lock; whoever frees a slo
 
 import threading
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from lora_core.errors import AdapterNotFoundError
 from lora_core.maths import Folded
 
-__all__ = ["Extent", "LayerSlots", "Layout", "SlotBank"]
+__all__ = ["Extent", "LayerSlots", "Layout", "SlotBank", "SlotsOfLayer"]
 
 ROW_QUANTUM = 16
 
@@ -62,6 +62,23 @@ class Layout:
                 break
             position = extent.stop
         return position
+
+
+class SlotsOfLayer(Protocol):
+    """What a bank asks of a layer's slots, wherever they are."""
+
+    layout: Layout
+
+    def folded(self, slot: object, /) -> Folded | None: ...
+
+    def write(self, slot: int, folded: Folded) -> Extent: ...
+
+    def trim(self) -> None: ...
+
+    def check_integrity(self) -> None: ...
+
+    @property
+    def num_bytes(self) -> int: ...
 
 
 class LayerSlots:
@@ -125,6 +142,14 @@ class LayerSlots:
         if not any(extent.has_bias for extent in extents):
             self.bias = None
 
+    def check_integrity(self) -> None:
+        """Assert that extents are disjoint and inside the arenas."""
+        end = 0
+        for extent in sorted(self.layout.extents.values()):
+            assert extent.start >= end, "slots overlap"
+            end = extent.stop
+        assert end <= self.a.shape[0], "rows outside the arena"
+
     def _resize(self, rows: int) -> None:
         rows = -(-rows // ROW_QUANTUM) * ROW_QUANTUM
         for name in ("a", "b"):
@@ -150,7 +175,7 @@ class SlotBank:
         layers: the slots of each layer, by the layer's dotted name.
     """
 
-    def __init__(self, layers: Mapping[str, LayerSlots], max_slots: int) -> None:
+    def __init__(self, layers: Mapping[str, SlotsOfLayer], max_slots: int) -> None:
         self.layers = layers
         self.max_slots = max_slots
         self._lock = threading.Lock()
@@ -206,7 +231,7 @@ class SlotBank:
                 self.layers[name].trim()
             self._forget_unused_layouts()
 
-    def add_layer(self, name: str, layer: LayerSlots) -> None:
+    def add_layer(self, name: str, layer: SlotsOfLayer) -> None:
         """One more layer, empty."""
         with self._lock:
             layer.layout = self._layout({})
@@ -215,12 +240,9 @@ class SlotBank:
     def check_integrity(self) -> None:
         """Assert that extents are disjoint, inside their arenas, and belong to loaded slots."""
         for name, layer in self.layers.items():
-            end = 0
-            for slot, extent in sorted(layer.layout.extents.items(), key=lambda item: item[1]):
-                assert extent.start >= end, f"{name}: slots overlap"
+            layer.check_integrity()
+            for slot in layer.layout.extents:
                 assert name in self._loaded[slot], f"{name}: slot {slot} is not loaded"
-                end = extent.stop
-            assert end <= layer.a.shape[0], f"{name}: rows outside the arena"
 
     def _layout(self, extents: Mapping[int, Extent]) -> Layout:
         key = tuple(sorted(extents.items()))

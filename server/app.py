@@ -35,6 +35,7 @@ from server.demo import demo_adapters
 from server.demo.model import ensure_demo_model
 from server.drain import Drain
 from server.engine import EngineConfig, EngineLoop, Fairness, ModelRunner, Quantization, load_runner
+from server.engine.device_step import what_kernels_lack
 from server.engine.selfcheck import check_against_reference
 from server.errors import InvalidRequestError, NotFoundError
 from server.generation import GenerationService
@@ -113,6 +114,8 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
         use_prefix_cache=settings.prefix_cache,
         max_slots=settings.max_slots,
         kv_bytes=settings.kv_memory,
+        use_kernels=_use_kernels(settings, device, report),
+        use_cuda_graphs=settings.cuda_graphs,
         max_model_len=settings.max_model_len,
     )
     runner = load_runner(path, config, dtype=dtype, device=device, quantization=quantization)
@@ -132,7 +135,12 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
         settings.store, min_free_bytes=settings.min_free_bytes, max_generations=settings.max_generations
     )
     store.open()
-    loader = AdapterLoader(runner.model, dtype=runner.dtype, max_rank=settings.max_rank)
+    loader = AdapterLoader(
+        runner.model,
+        dtype=runner.dtype,
+        max_rank=settings.max_rank,
+        flatten_for=device if runner.uses_kernels else None,
+    )
 
     def read(digest: str) -> FoldedAdapter:
         return loader.fold(*store.read(digest))
@@ -276,6 +284,16 @@ def _device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
         raise InvalidRequestError(f"device {name!r} cannot be used: {error}", code="device_invalid") from error
     dtype = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
     return device, dtype
+
+
+def _use_kernels(settings: Settings, device: torch.device, report: Report) -> bool:
+    on_cuda = device.type == "cuda"
+    if settings.kernels == "triton" and not on_cuda:
+        raise InvalidRequestError("Triton's kernels need a CUDA device", code="device_invalid")
+    if settings.kernels == "auto" and on_cuda and (missing := what_kernels_lack()) is not None:
+        report(f"without Triton's kernels, which are faster: there is no {missing}")
+        return False
+    return on_cuda and settings.kernels != "torch"
 
 
 def _adapter_memory(settings: Settings, device: torch.device) -> tuple[int, int]:

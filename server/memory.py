@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-__all__ = ["free_host_bytes"]
+__all__ = ["DEFAULT_KV_BYTES", "free_host_bytes"]
+
+# For keys and values on a CPU, unless it is set.
+DEFAULT_KV_BYTES = 1 << 30
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")

@@ -19,6 +19,8 @@ class Settings(BaseModel):
         audit_log: by default beside the keys, if there are any.
         allow_open: on an address that others can reach, too.
         drain_timeout_s: how long running requests may take once the server is told to stop.
+        kv_memory: None for 1 GiB, on CUDA for most of what is free once the model is loaded.
+        kernels: `auto` is `triton` on CUDA, and `torch` on a CPU.
         quantization: "none" leaves the model as its files hold it, which may be quantized.
         double_quant: with 4 bits, the scales are quantized as well.
         slot_memory, host_memory: None for a quarter of what is free once the model is loaded.
@@ -54,10 +56,12 @@ class Settings(BaseModel):
     max_step_tokens: int = Field(512, ge=1)
     target_step_ms: int = Field(300, ge=0)
     prefix_cache: bool = True
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    cuda_graphs: bool = True
     max_slots: int = Field(32, ge=1, le=1024)
     max_rank: int = Field(256, ge=1)
     max_model_len: int | None = Field(None, ge=2)
-    kv_memory: Bytes = 1 << 30
+    kv_memory: Bytes | None = None
     slot_memory: Bytes | None = None
     host_memory: Bytes | None = None
     max_new_tokens: int = Field(256, ge=1)

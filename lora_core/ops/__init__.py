@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_core.device_slots import DeviceSlots
 from lora_core.maths import Folded
 from lora_core.ops import cpu
 from lora_core.routing import Key, Route
@@ -84,4 +85,7 @@ def apply_rows(
         raise ValueError(f"{x.shape[0]} tokens cannot be split over {route.num_rows} rows")
     if torch.is_grad_enabled():
         y = y.clone()
+    elif isinstance(adapters, DeviceSlots) and adapters.kernels is not None:
+        adapters.kernels.apply(y, x, route, base_bias)
+        return y
     return cpu.apply(y, x, adapters, route, base_bias, shrink, base_part)

@@ -14,6 +14,7 @@ from lora_core import (
     ModelSlots,
     Part,
     TensorLedger,
+    flatten_parts,
     fold_adapter,
     parse_adapter,
 )
@@ -39,12 +40,16 @@ class AdapterLoader:
         model: the served model, with its linear layers wrapped.
         dtype: of the folded arrays, the model's own.
         max_rank: highest rank that is accepted.
+        flatten_for: keep each adapter in one piece of memory, from which one copy brings it to this device; None: no.
     """
 
-    def __init__(self, model: nn.Module, *, dtype: torch.dtype, max_rank: int) -> None:
+    def __init__(
+        self, model: nn.Module, *, dtype: torch.dtype, max_rank: int, flatten_for: torch.device | None = None
+    ) -> None:
         self._model = model
         self._dtype = dtype
         self.max_rank = max_rank
+        self._flatten_for = flatten_for
 
     def fold(self, config_json: bytes, weights: bytes) -> FoldedAdapter:
         """Make an adapter ready for a slot.
@@ -52,7 +57,10 @@ class AdapterLoader:
         Raises:
             InvalidAdapterError: it is malformed or does not fit the model.
         """
-        return self._fold(self._parse(config_json, weights))
+        adapter = self._fold(self._parse(config_json, weights))
+        if self._flatten_for is None:
+            return adapter
+        return FoldedAdapter(flatten_parts(adapter.modules, self._flatten_for), adapter.num_bytes)
 
     @staticmethod
     def changes_base(config_json: bytes) -> bool:

@@ -16,7 +16,7 @@ from loramux_client import APIStatusError, Client, LoraMuxError, RetryPolicy
 from server.cli.connection import ApiKey, AsJson, ServerUrl
 from server.cli.console import show_json, show_table
 from server.failpoints import FAILPOINTS
-from server.memory import free_host_bytes
+from server.memory import DEFAULT_KV_BYTES, free_host_bytes
 from server.settings import Settings
 
 __all__ = ["Check", "doctor"]
@@ -126,7 +126,7 @@ def _memory(model_bytes: int) -> Check:
     free = free_host_bytes()
     if free is None:
         return Check("memory", "warning", "unknown", "set --kv-memory, --slot-memory and --host-memory yourself")
-    needed = model_bytes + DEFAULTS.kv_memory + WORKING_BYTES
+    needed = model_bytes + DEFAULT_KV_BYTES + WORKING_BYTES
     found = f"{_gigabytes(free)} free, about {_gigabytes(needed)} needed"
     if free < needed:
         return Check("memory", "bad", found, "free some, or lower --kv-memory")

@@ -77,12 +77,21 @@ def serve(
     prefix_cache: Annotated[
         bool, option("--prefix-cache/--no-prefix-cache", "Keep computed prompts, and compute what they share once.")
     ] = DEFAULTS.prefix_cache,
+    kernels: Annotated[
+        str, option("--kernels", '"triton" (on CUDA), "torch", or "auto": adapters and attention are computed with it.')
+    ] = DEFAULTS.kernels,
+    cuda_graphs: Annotated[
+        bool, option("--cuda-graphs/--no-cuda-graphs", "Replay recorded decoding steps, with Triton kernels on CUDA.")
+    ] = DEFAULTS.cuda_graphs,
     max_slots: Annotated[int, option("--max-slots", "Adapters that can be in use at once.")] = DEFAULTS.max_slots,
     max_rank: Annotated[int, option("--max-rank", "Highest adapter rank accepted.")] = DEFAULTS.max_rank,
     max_model_len: Annotated[
         int | None, option("--max-model-len", "Longest sequence, prompt and output, in tokens.")
     ] = None,
-    kv_memory: Annotated[int, size_option("--kv-memory", "Memory for keys and values.")] = DEFAULTS.kv_memory,
+    kv_memory: Annotated[
+        int | None,
+        size_option("--kv-memory", "Memory for keys and values; 1 GiB by default, on CUDA most of what is free."),
+    ] = None,
     slot_memory: Annotated[
         int | None, size_option("--slot-memory", "Memory for adapters in slots; a quarter of what is free by default.")
     ] = None,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_core import Route, Run
-from server.engine.attention import AttentionGroup
+from server.engine.attention import AttentionGroup, Span
 from server.engine.blocks import NULL_BLOCK
 from server.engine.request import GenerationRequest
 from server.engine.scheduler import Chunk, Step
@@ -35,7 +35,8 @@ class Batch:
     Attributes:
         input_ids, position_ids: [1, T].
         cache_positions: [T], block · block_size + offset.
-        groups: attention groups that cover the tokens.
+        groups: attention groups that cover the tokens; none where kernels attend.
+        spans: the tokens of each sequence, in order; single tokens come first.
         route: which token wants which adapters, and its part for the rows in `last_rows`.
         last_rows: [N] tokens whose logits are wanted, ascending.
         sampled: the requests that get a token; the logits of the last one's row are each's ...
@@ -49,6 +50,7 @@ class Batch:
     position_ids: Tensor
     cache_positions: Tensor
     groups: list[AttentionGroup]
+    spans: list[Span]
     route: Route
     head_route: Route
     last_rows: Tensor
@@ -77,12 +79,16 @@ class RouteMemo:
         return self._kept[key]
 
 
-def build_batch(step: Step, block_size: int, device: torch.device, routes: RouteMemo | None = None) -> Batch:
+def build_batch(
+    step: Step, block_size: int, device: torch.device, routes: RouteMemo | None = None, *, use_kernels: bool = False
+) -> Batch:
     """Pack the chunks of a step: single tokens by length, then longer chunks, those of one adapter side by side.
 
     Args:
         routes: kept from step to step; none for a single batch.
+        use_kernels: for kernels on the device, which a step's tensors go to from host memory together.
     """
+    device = torch.device("cpu") if use_kernels else device
     routes = routes or RouteMemo()
     decoding = sorted((chunk for chunk in step.chunks if chunk.num_tokens == 1), key=lambda chunk: chunk.stop)
     longer = [chunk for chunk in step.chunks if chunk.num_tokens > 1]
@@ -115,7 +121,8 @@ def build_batch(step: Step, block_size: int, device: torch.device, routes: Route
         input_ids=torch.tensor([input_ids], device=device),
         position_ids=torch.tensor([position_ids], device=device),
         cache_positions=torch.tensor(cache_positions, device=device),
-        groups=_attention_groups(chunks, block_size, device),
+        groups=[] if use_kernels else _attention_groups(chunks, block_size, device),
+        spans=[Span(chunk.request.block_ids, chunk.start, chunk.num_tokens) for chunk in chunks],
         route=route,
         head_route=route.select(last_rows) if prompt_rows else routes.get([Run(r.route_weights, 1) for r in sampled]),
         last_rows=torch.tensor(last_rows, dtype=torch.long, device=device),

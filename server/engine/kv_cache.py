@@ -59,6 +59,10 @@ class KVCache:
             for layer in layers
         ]
 
+    @property
+    def device(self) -> torch.device:
+        return self._pools[0][0].device
+
     @staticmethod
     def bytes_per_token(layers: Sequence[LayerShape], dtype: torch.dtype) -> int:
         return sum(layer.num_elements for layer in layers) * dtype.itemsize
@@ -91,6 +95,12 @@ class KVCache:
         """The same for keys and values in one tensor, [T, 2·num_kv_heads, dim], keys first; they are equally wide."""
         (pool,) = self._pools[layer]
         pool.flatten(1, 2).index_copy_(1, positions, key_value.transpose(0, 1))
+
+    def heads(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The pools of a layer's keys and values themselves, each [num_kv_heads, num_blocks, block_size, dim]."""
+        pools = self._pools[layer]
+        keys, values = pools if len(pools) == 2 else pools[0].tensor_split(2)
+        return keys, values
 
     @property
     def num_bytes_per_token(self) -> int:

@@ -236,7 +236,8 @@ class EngineLoop:
 
     def _compute(self, step: Step) -> int:
         """Run a step's chunks and pass on what they give; returns the number of new tokens."""
-        batch = build_batch(step, self._pool.block_size, self.runner.device, self._routes)
+        runner = self.runner
+        batch = build_batch(step, self._pool.block_size, runner.device, self._routes, use_kernels=runner.uses_kernels)
         logits = self.runner.forward(batch)
         for rows in batch.prompt_rows:
             _note_prompt(rows, logits)

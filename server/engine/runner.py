@@ -1,26 +1,34 @@
 """ModelRunner: a model with slots for adapters and a cache, and the one call that runs a batch through it."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lora_core import LoraLinear, ModelSlots, Router, attach_slots, wrap_linears
+from lora_core import DeviceModelSlots, LoraLinear, ModelSlots, Router, attach_slots, wrap_linears
 from server.engine.attention import DecodeCopies, PagedAttention, use_step
 from server.engine.batch import Batch
+from server.engine.device_step import DeviceStep, what_kernels_lack
+from server.engine.graphs import Capture, CudaCapture, DecodeGraphs
 from server.engine.kv_cache import KVCache
 from server.engine.model import ModelFacts, inspect_model, load_model
 from server.engine.optimise import optimise
 from server.engine.quantization import Quantization, checkpoint_quantization
 from server.engine.reference import make_reference
 from server.errors import InvalidRequestError
+from server.memory import DEFAULT_KV_BYTES
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["EngineConfig", "ModelRunner", "load_runner"]
 
 
 # Memory for `DecodeCopies`, as a share of the cache's.
 COPY_SHARE = 0.25
+# Memory for the cache on CUDA unless it is set, as a share of what is free beside the weights.
+KV_SHARE = 0.7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,20 +39,24 @@ class EngineConfig:
         max_running: requests that generate at once.
         max_step_tokens: tokens computed in one step, prompts and running streams together.
         max_slots: adapters that can be in use at once.
-        kv_bytes: memory for keys and values.
+        kv_bytes: memory for keys and values; None for 1 GiB, on CUDA for most of what is free.
         max_model_len: longest sequence, prompt and output together; None for all that model and memory allow.
         target_step_s: how long a step should take while requests stream; long prompts are cut to it. None: no aim.
         use_prefix_cache: keep computed prompts, and compute what requests have in common once.
+        use_kernels: attend and apply adapters with Triton kernels; None: on CUDA.
+        use_cuda_graphs: record decoding steps and replay them, where kernels are used.
     """
 
     max_running: int = 32
     max_step_tokens: int = 512
     max_slots: int = 32
     block_size: int = 16
-    kv_bytes: int = 1 << 30
+    kv_bytes: int | None = None
     max_model_len: int | None = None
     target_step_s: float | None = None
     use_prefix_cache: bool = True
+    use_kernels: bool | None = None
+    use_cuda_graphs: bool = True
 
 
 class ModelRunner:
@@ -52,6 +64,7 @@ class ModelRunner:
 
     Args:
         model: a transformers causal language model, changed in place: its linear layers are wrapped.
+        capture: how decoding steps are recorded; by default as CUDA graphs, and not at all on a CPU.
 
     Attributes:
         layers: the wrapped linear layers by name; `lora_core.fold_adapter` folds for them.
@@ -60,31 +73,45 @@ class ModelRunner:
         reference: what transformers' own code gave before the model was changed.
         copies: of the cache, for sequences that decode.
         optimised: what could be made faster.
+        uses_kernels: batches are made for kernels, `build_batch(..., use_kernels=True)`.
+        graphs: recorded decoding steps; None without kernels or graphs.
         quantization: how the weights are held ("nf4", "int8", another method's name), or None.
 
     Raises:
         InvalidRequestError: the architecture is not supported, or the cache has no room for one block.
     """
 
-    def __init__(self, model: nn.Module, config: EngineConfig) -> None:
+    def __init__(self, model: nn.Module, config: EngineConfig, capture: Capture | None = None) -> None:
         self.model = model
         self.config = config
         parameter = next(p for p in model.parameters() if p.is_floating_point())
         self.device, self.dtype = parameter.device, parameter.dtype
+        on_cuda = self.device.type == "cuda"
+        self.uses_kernels = on_cuda if config.use_kernels is None else config.use_kernels
+        if on_cuda and self.uses_kernels and (missing := what_kernels_lack()) is not None:
+            raise InvalidRequestError(f"Triton's kernels cannot run: there is no {missing}", code="kernels_unavailable")
         self.quantization = checkpoint_quantization(model.config)
         self.facts: ModelFacts = inspect_model(model)
         self.cache = self._make_cache()
         longest = min(self.facts.max_positions, (self.cache.num_blocks - 1) * config.block_size)
         self.max_model_len = min(longest, config.max_model_len or longest)
-        self.copies = DecodeCopies(int(config.kv_bytes * COPY_SHARE))
+        self.copies = DecodeCopies(int(self._kv_bytes() * COPY_SHARE))
         self.reference = make_reference(model, self.facts.vocab_size, self.max_model_len)
         self.router = Router()
         self.layers: dict[str, LoraLinear] = wrap_linears(model, self.router)
-        self.bank: ModelSlots = attach_slots(self.layers, config.max_slots, dtype=self.dtype, model=model)
+        self.bank: ModelSlots = attach_slots(
+            self.layers, config.max_slots, dtype=self.dtype, model=model, use_kernels=self.uses_kernels
+        )
         self.optimised = optimise(model, self.layers)
+        self.graphs: DecodeGraphs | None = None
+        if self.uses_kernels and config.use_cuda_graphs and (on_cuda or capture is not None):
+            self.graphs = self._record(capture or CudaCapture())
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits [N, V] of the batch's last rows; the cache then holds the batch's tokens."""
+        """Logits [N, V] of the batch's last rows, to be read before the next call; the cache then holds its tokens."""
+        if self.uses_kernels:
+            replayed = None if self.graphs is None else self.graphs.run(batch)
+            return DeviceStep(self.model, self.router, self.cache).run(batch) if replayed is None else replayed
         self.cache.zero(batch.new_blocks)
         attention = PagedAttention(self.cache, batch.cache_positions, batch.groups, self.copies)
         with torch.inference_mode(), self.router.use(batch.route, batch.head_route):
@@ -97,13 +124,36 @@ class ModelRunner:
             )
             return output.logits[0]
 
+    def _record(self, capture: Capture) -> DecodeGraphs | None:
+        """Graphs of decoding, or None where the model's code does something that cannot be recorded."""
+        assert isinstance(self.bank, DeviceModelSlots)
+        graphs = DecodeGraphs(
+            DeviceStep(self.model, self.router, self.cache),
+            self.bank,
+            capture,
+            max_tokens=self.config.max_running,
+            max_blocks=-(-self.max_model_len // self.config.block_size),
+        )
+        try:
+            graphs.record()
+        except RuntimeError as error:
+            logger.warning("decoding runs without graphs, as this model cannot be recorded: %s", error)
+            return None
+        return graphs
+
+    def _kv_bytes(self) -> int:
+        if self.config.kv_bytes is not None or self.device.type != "cuda":
+            return self.config.kv_bytes or DEFAULT_KV_BYTES
+        return int(torch.cuda.mem_get_info(self.device)[0] * KV_SHARE)
+
     def _make_cache(self) -> KVCache:
+        kv_bytes = self._kv_bytes()
         block_bytes = KVCache.bytes_per_token(self.facts.layers, self.dtype) * self.config.block_size
         most = self.config.max_running * -(-self.facts.max_positions // self.config.block_size)
-        num_blocks = 1 + min(most, self.config.kv_bytes // block_bytes)
+        num_blocks = 1 + min(most, kv_bytes // block_bytes)
         if num_blocks < 2:
             raise InvalidRequestError(
-                f"the cache needs at least {block_bytes} bytes for one block, {self.config.kv_bytes} are allowed",
+                f"the cache needs at least {block_bytes} bytes for one block, {kv_bytes} are allowed",
                 code="kv_cache_too_small",
             )
         return KVCache(self.facts.layers, num_blocks, self.config.block_size, dtype=self.dtype, device=self.device)

@@ -46,9 +46,12 @@ def sample(
     """
     logits = logits.float()
     peaks, tokens = logits.max(dim=-1)  # NaN and +inf end up in the peaks
-    finite = peaks.isfinite().tolist()
+    is_finite = peaks.isfinite()
     drawn = [i for i, request in enumerate(requests) if request.sampling.temperature > 0]
-    adjusted = [i for i, request in enumerate(requests) if finite[i] and needs_adjusting(request)]
+    adjusted = [i for i, request in enumerate(requests) if needs_adjusting(request)]
+    if adjusted:
+        known = is_finite.tolist()
+        adjusted = [i for i in adjusted if known[i]]
     changed = logits[adjusted] if adjusted else logits
     blocked: set[int] = set()
     if adjusted:
@@ -64,9 +67,11 @@ def sample(
             shifted[[place for place, _ in both]] = changed[[k for _, k in both]]
         tokens[rows] = _draw(shifted - peaks[rows, None], [requests[i] for i in drawn])
     logprobs = _logprobs(logits, tokens, requests)
+    # Asked for together: the device is waited for once.
+    rows_of_two = torch.stack([tokens, is_finite.to(tokens.dtype)], dim=1).tolist()
     return [
-        Sampled(None, is_blocked=finite[i]) if i in blocked or not finite[i] else Sampled(token, *logprobs.get(i, ()))
-        for i, token in enumerate(tokens.tolist())
+        Sampled(None, is_blocked=bool(finite)) if i in blocked or not finite else Sampled(token, *logprobs.get(i, ()))
+        for i, (token, finite) in enumerate(rows_of_two)
     ]
 
 

@@ -11,6 +11,7 @@ from tests.architecture.source_tree import PACKAGES, Source, sources
 EXTERNAL: dict[str, set[str]] = {
     "lora_core": {"regex", "safetensors", "torch"},
     "loramux_client": {"httpx", "pydantic"},
+    "lora_core.ops.triton": {"torch", "triton"},
     "lora_core.quant": {"bitsandbytes", "torch"},
     "server.adapters": set(),
     "server.adapters.loader": {"torch"},
@@ -25,6 +26,7 @@ EXTERNAL: dict[str, set[str]] = {
     "server.delivery": set(),
     "server.durable": set(),
     "server.engine": {"torch", "transformers"},
+    "server.engine.attention.kernels": {"torch", "triton"},
     "server.engine.blocks": set(),
     "server.engine.fairness": set(),
     "server.engine.ports": set(),

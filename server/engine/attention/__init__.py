@@ -1,6 +1,7 @@
 """Attention over packed sequences, behind transformers' attention interface. The import surface of the package."""
 
 from server.engine.attention.copies import DecodeCopies
+from server.engine.attention.device import AttentionPlan, DeviceAttention, Span
 from server.engine.attention.interface import ATTENTION_NAME, AttentionCall, AttentionStep, register, use_step
 from server.engine.attention.paged import AttentionGroup, PagedAttention
 from server.engine.attention.probe import AttentionProbe
@@ -11,11 +12,14 @@ __all__ = [
     "TOLERANCE",
     "AttentionCall",
     "AttentionGroup",
+    "AttentionPlan",
     "AttentionProbe",
     "AttentionStep",
     "DecodeCopies",
+    "DeviceAttention",
     "PagedAttention",
     "RotaryAttention",
+    "Span",
     "register",
     "replace_attention",
     "use_step",

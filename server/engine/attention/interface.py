@@ -19,6 +19,7 @@ __all__ = [
     "STEP_ARGUMENT",
     "AttentionCall",
     "AttentionStep",
+    "Rotations",
     "register",
     "signed_rotation",
     "use_step",
@@ -92,6 +93,20 @@ def signed_rotation(embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     cos, sin = (part[0].unsqueeze(1) for part in embeddings)
     half = sin.shape[-1] // 2
     return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+
+
+class Rotations:
+    """`signed_rotation` of the embeddings that a step has seen, of which all layers, or all of a kind, share one."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+
+    def get(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        for sin, rotation in self._known:
+            if sin is embeddings[1]:
+                return rotation
+        self._known.append((embeddings[1], signed_rotation(embeddings)))
+        return self._known[-1][1]
 
 
 def _attention(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from server.engine.attention.copies import DecodeCopies, DecodeCopy
-from server.engine.attention.interface import AttentionCall, signed_rotation
+from server.engine.attention.interface import AttentionCall, Rotations
 from server.engine.kv_cache import KVCache, LayerShape
 
 __all__ = ["AttentionGroup", "PagedAttention"]
@@ -91,14 +91,10 @@ class PagedAttention:
             made = copies.begin_step(cache, [(members, groups[i].lengths, groups[i].blocks) for i, members in lasting])
             for (i, _), copy in zip(lasting, made, strict=True):
                 self._copies[i] = copy
-        self._rotations: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+        self._rotations = Rotations()
 
     def rotation(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        for sin, rotation in self._rotations:
-            if sin is embeddings[1]:
-                return rotation
-        self._rotations.append((embeddings[1], signed_rotation(embeddings)))
-        return self._rotations[-1][1]
+        return self._rotations.get(embeddings)
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self._cache.is_joined:

@@ -1,0 +1,88 @@
+"""Where layers meet the kernels: a group of layers whose adapters are on the device.
+
+The kernels' module is imported when the first group is made, so that Triton is needed only where they are used.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_core.device_slots import DeviceSlots
+from lora_core.ops.cpu import apply_segments
+from lora_core.ops.plan import PlannedRoute, RoutePlan
+from lora_core.routing import Route
+
+__all__ = ["KernelGroup"]
+
+
+class KernelGroup:
+    """Layers that read one input and whose outputs lie side by side.
+
+    Args:
+        slots: of each member; all in one table.
+    """
+
+    def __init__(self, slots: Sequence[DeviceSlots]) -> None:
+        from lora_core.ops import triton as kernels  # noqa: PLC0415 - Triton is optional
+
+        self._slots = list(slots)
+        self._kernels: Any = kernels
+        sizes = [member.out_features for member in slots]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self._spans = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        table = slots[0].table
+        assert table is not None
+        assert all(member.table is table for member in slots)
+        numbers = torch.tensor([[member.layer for member in slots], starts, sizes], dtype=torch.int32)
+        layers, on_device_starts, on_device_sizes = numbers.to(table.rows.device)
+        features = slots[0].in_features
+        self._table = kernels.LayerTable(
+            table.rows,
+            layers,
+            on_device_starts,
+            on_device_sizes,
+            len(slots),
+            features,
+            max(sizes),
+            all(number % 16 == 0 for number in (features, *sizes)),
+        )
+
+    def apply(self, y: Tensor, x: Tensor, route: Route, base_bias: Tensor | None) -> None:
+        """Add the adapters' part in place; see `lora_core.ops.apply_lora`.
+
+        Args:
+            y: [T, ΣO], the members' outputs side by side.
+            x: [T, I].
+            base_bias: [ΣO] or None.
+        """
+        is_fit = x.dtype == y.dtype == self._slots[0].dtype and y.stride(-1) == 1
+        if isinstance(route, PlannedRoute):
+            assert is_fit, "a planned route reaches a layer that computes in another dtype than its adapters"
+            self._kernels.apply_plan(y, x, self._table, route.plan, base_bias, route.max_rank)
+            return
+        if not is_fit:
+            for slots, span in zip(self._slots, self._spans, strict=True):
+                apply_segments(y[:, span], x, slots, route, None if base_bias is None else base_bias[span])
+            return
+        rank = self._highest_rank(route)
+        if rank is not None:
+            self._kernels.apply_plan(y, x, self._table, self._plan(route, x), base_bias, rank)
+
+    def _highest_rank(self, route: Route) -> int | None:
+        """Of the route's adapters on these layers; None if none of them touches any. Kept with the route."""
+        layouts = tuple([slots.layout for slots in self._slots])
+        if layouts not in route.cache:
+            extents = [extent for slot in route.segments for layout in layouts if (extent := layout.get(slot))]
+            route.cache[layouts] = max((extent.rank for extent in extents), default=None)
+        return route.cache[layouts]  # type: ignore[return-value]
+
+    def _plan(self, route: Route, x: Tensor) -> RoutePlan:
+        """Made once a step for all layers."""
+        key = ("kernels", x.shape[0], x.device)
+        if key not in route.cache:
+            route.cache[key] = RoutePlan.of(route, x.shape[0], self._table.rows.shape[1], x.device)
+        plan = route.cache[key]
+        assert isinstance(plan, RoutePlan)
+        return plan

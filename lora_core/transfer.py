@@ -1,0 +1,68 @@
+"""Copies to the device beside a running step.
+
+Whoever brings an adapter to the device waits until it is there before anybody may route to it; so no step ever waits
+for a copy, and none reads half of one. On CUDA the copies run on a stream of their own.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Copies", "DirectCopies", "StreamCopies", "copies_for"]
+
+
+class Copies(Protocol):
+    """Some copies that belong together; used by one thread at a time."""
+
+    def allocate(self, num_bytes: int, device: torch.device) -> Tensor:
+        """[num_bytes] uint8, for `copy` to write."""
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Begin to copy; `source` must stay as it is until `finish`."""
+
+    def finish(self) -> None:
+        """Wait until everything has arrived."""
+
+
+class DirectCopies:
+    """Copies at once (`Copies`)."""
+
+    def allocate(self, num_bytes: int, device: torch.device) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+
+    def finish(self) -> None: ...
+
+
+class StreamCopies:
+    """Copies on a CUDA stream of their own (`Copies`).
+
+    Memory comes from that stream too: what a freed adapter leaves is written again by later copies only.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._sources: list[Tensor] = []
+
+    def allocate(self, num_bytes: int, device: torch.device) -> Tensor:
+        with torch.cuda.stream(self._stream):
+            return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+        self._sources.append(source)
+
+    def finish(self) -> None:
+        arrived = torch.cuda.Event(blocking=True)  # the thread sleeps; it does not spin
+        arrived.record(self._stream)
+        arrived.synchronize()
+        self._sources.clear()
+
+
+def copies_for(device: torch.device) -> Copies:
+    """The way to copy to a device."""
+    return StreamCopies(device) if device.type == "cuda" else DirectCopies()

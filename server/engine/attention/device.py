@@ -1,0 +1,124 @@
+"""Attention of packed tokens by kernels: what a step's kernels must know, in one tensor, and the step itself."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from server.engine.attention.interface import AttentionCall, Rotations
+from server.engine.kv_cache import KVCache
+
+__all__ = ["AttentionPlan", "DeviceAttention", "Span"]
+
+FIELDS = 4
+# Queries of a prompt's tile, and programs that keep an accelerator busy while sequences decode.
+PROMPT_QUERIES = 16
+BUSY_PROGRAMS = 256
+MAX_SPLITS = 16
+
+
+class Span(NamedTuple):
+    """New tokens of one sequence: its cache blocks, the first one's position, and how many they are."""
+
+    blocks: Sequence[int]
+    start: int
+    num_tokens: int
+
+
+class AttentionPlan:
+    """Tiles of decoding sequences, then tiles of prompts, then block tables: views of one int32 buffer.
+
+    Args:
+        num_decoding, num_prompt_tiles: capacities; what is left over is nobody's.
+        num_blocks: capacity of all block tables together.
+        num_kv_heads: of a layer; decides how far the keys of few sequences are split.
+    """
+
+    def __init__(
+        self, num_decoding: int, num_prompt_tiles: int, num_blocks: int, num_kv_heads: int, device: torch.device
+    ) -> None:
+        self._num_tiles = num_decoding + num_prompt_tiles
+        self._num_decoding = num_decoding
+        self._buffer = torch.empty(self._num_tiles * FIELDS + num_blocks, dtype=torch.int32, device=device)
+        fields = self._buffer[: self._num_tiles * FIELDS].view(-1, FIELDS)
+        self.decoding, self.prompts = fields[:num_decoding], fields[num_decoding:]
+        self.blocks = self._buffer[self._num_tiles * FIELDS :]
+        wanted = BUSY_PROGRAMS // max(1, num_decoding * num_kv_heads)
+        self.num_splits = min(MAX_SPLITS, 1 << max(0, wanted.bit_length() - 1))
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], num_kv_heads: int, block_size: int, device: torch.device) -> "AttentionPlan":
+        """A plan that is just large enough."""
+        decoding = sum(span.num_tokens == 1 for span in spans)
+        tiles = sum(-(-span.num_tokens // PROMPT_QUERIES) for span in spans if span.num_tokens > 1)
+        num_blocks = sum(_num_blocks(span, block_size) for span in spans)
+        plan = cls(decoding, tiles, num_blocks, num_kv_heads, device)
+        plan.fill(spans, block_size)
+        return plan
+
+    def fill(self, spans: Sequence[Span], block_size: int) -> None:
+        """Write a step's spans, which fit, in one copy. Single tokens come first."""
+        fields: list[int] = []
+        blocks: list[int] = []
+        token = 0
+        for span in spans:
+            first_block = len(blocks)
+            blocks += span.blocks[: _num_blocks(span, block_size)]
+            if span.num_tokens == 1:
+                fields += (first_block, token, 1, span.start)
+            else:
+                for done in range(0, span.num_tokens, PROMPT_QUERIES):
+                    count = min(PROMPT_QUERIES, span.num_tokens - done)
+                    fields += (first_block, token + done, count, span.start + done)
+            token += span.num_tokens
+        for place in range(len(fields) // FIELDS, self._num_tiles):
+            fields += (0, place, 1, -1)  # a token of nobody's attends to nothing
+        values = torch.tensor(fields + blocks, dtype=torch.int32)
+        host = values.pin_memory() if self._buffer.is_cuda else values
+        self._buffer[: len(host)].copy_(host, non_blocking=True)
+
+
+def _num_blocks(span: Span, block_size: int) -> int:
+    return -(-(span.start + span.num_tokens) // block_size)
+
+
+class DeviceAttention:
+    """The `AttentionStep` of an engine step whose cache is read and written by kernels.
+
+    Args:
+        positions: [T] int64, where the new tokens' keys and values go in the pool; -1 for a token of nobody's.
+        plan: the step's tiles.
+    """
+
+    def __init__(self, cache: KVCache, positions: Tensor, plan: AttentionPlan) -> None:
+        from server.engine.attention import kernels  # noqa: PLC0415 - Triton is optional
+
+        self._kernels: Any = kernels
+        self._cache = cache
+        self._positions = positions
+        self._tiles = [
+            kernels.Tiles(fields, plan.blocks, num_queries, num_splits)
+            for fields, num_queries, num_splits in (
+                (plan.decoding, 1, plan.num_splits),
+                (plan.prompts, PROMPT_QUERIES, 1),
+            )
+            if len(fields)
+        ]
+        self._rotations = Rotations()
+
+    def rotation(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self._rotations.get(embeddings)
+
+    def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys, values = self._cache.heads(call.layer)
+        query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+        self._kernels.store(keys, values, self._positions, key, value)
+        out = query.new_empty(*query.shape[:2], value.shape[-1])
+        for tiles in self._tiles:
+            self._kernels.attend(call, query, keys, values, tiles, out)
+        return out
+
+    def attend_joined(self, call: AttentionCall, heads: Tensor, num_kv_heads: int) -> Tensor:
+        parts = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+        return self.attend(call, *parts)
