@@ -44,7 +44,7 @@ class Settings(BaseModel):
     drain_timeout_s: float = Field(30.0, ge=0, le=3600)
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
+    quantization: Literal["none", "nf4", "fp4", "int8", "int4"] = "none"
     double_quant: bool = False
     adapters: dict[str, Path] = Field(default_factory=dict)
     served_model_name: str | None = None

@@ -30,10 +30,14 @@ class Optimised:
     num_norms: int
 
 
-def optimise(model: nn.Module, layers: Mapping[str, LoraLinear]) -> Optimised:
-    """Change the model in place; its layers have their slots already."""
+def optimise(model: nn.Module, layers: Mapping[str, LoraLinear], *, as_int4: bool = False) -> Optimised:
+    """Change the model in place; its layers have their slots already.
+
+    Args:
+        as_int4: the weights are rounded to 4 bits, and few rows read them so.
+    """
     names = find_shared_inputs(layers, lambda: run_probe(model))
-    groups = share_inputs(layers, names, AdapterPacker())
+    groups = share_inputs(layers, names, AdapterPacker(), as_int4=as_int4)
     num_blocks = replace_attention(model, lambda: run_probe(model), groups)
     num_mlps, num_norms = replace_mlps(model, groups), replace_norms(model)
     _leave_the_file(model)

@@ -91,8 +91,8 @@ def round_weights(model: nn.Module) -> None:
             continue
         weight = linear_weight(module)
         if can_be_int4(weight):
-            with torch.no_grad():
-                weight.copy_(round_to_int4(weight))
+            rounded = round_to_int4(weight)
+            module.get_parameter("weight").data = rounded if type(module) is nn.Linear else rounded.T.contiguous()
 
 
 def _check_int4(dtype: torch.dtype, device: torch.device) -> None:

@@ -65,6 +65,7 @@ class ModelRunner:
     Args:
         model: a transformers causal language model, changed in place: its linear layers are wrapped.
         capture: how decoding steps are recorded; by default as CUDA graphs, and not at all on a CPU.
+        as_int4: the model's weights are rounded by `quantization.round_weights`.
 
     Attributes:
         layers: the wrapped linear layers by name; `lora_core.fold_adapter` folds for them.
@@ -81,7 +82,9 @@ class ModelRunner:
         InvalidRequestError: the architecture is not supported, or the cache has no room for one block.
     """
 
-    def __init__(self, model: nn.Module, config: EngineConfig, capture: Capture | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, config: EngineConfig, capture: Capture | None = None, *, as_int4: bool = False
+    ) -> None:
         self.model = model
         self.config = config
         parameter = next(p for p in model.parameters() if p.is_floating_point())
@@ -90,7 +93,7 @@ class ModelRunner:
         self.uses_kernels = on_cuda if config.use_kernels is None else config.use_kernels
         if on_cuda and self.uses_kernels and (missing := what_kernels_lack()) is not None:
             raise InvalidRequestError(f"Triton's kernels cannot run: there is no {missing}", code="kernels_unavailable")
-        self.quantization = checkpoint_quantization(model.config)
+        self.quantization = "int4" if as_int4 else checkpoint_quantization(model.config)
         self.facts: ModelFacts = inspect_model(model)
         self.cache = self._make_cache()
         longest = min(self.facts.max_positions, (self.cache.num_blocks - 1) * config.block_size)
@@ -102,7 +105,7 @@ class ModelRunner:
         self.bank: ModelSlots = attach_slots(
             self.layers, config.max_slots, dtype=self.dtype, model=model, use_kernels=self.uses_kernels
         )
-        self.optimised = optimise(model, self.layers)
+        self.optimised = optimise(model, self.layers, as_int4=as_int4)
         self.graphs: DecodeGraphs | None = None
         if self.uses_kernels and config.use_cuda_graphs and (on_cuda or capture is not None):
             self.graphs = self._record(capture or CudaCapture())
@@ -168,5 +171,6 @@ def load_runner(
     quantization: Quantization | None = None,
 ) -> ModelRunner:
     """Load a local model folder and make it ready; errors as in `ModelRunner` and `load_model`."""
-    model = load_model(path, dtype=dtype, device=device, quantization=quantization or Quantization())
-    return ModelRunner(model, config)
+    quantization = quantization or Quantization()
+    model = load_model(path, dtype=dtype, device=device, quantization=quantization)
+    return ModelRunner(model, config, as_int4=quantization.kind == "int4")

@@ -25,8 +25,9 @@ PUBLICATION_OPTIONS = ("name", "expected_generation", "promote", "labels", "note
 # Of a mix, what is no option of `add_weighted_adapter`; of the other kinds, what the work needs as it is.
 NOT_FOR_MIXING = (*PUBLICATION_OPTIONS, "adapters", "seed")
 TASK_OPTIONS = ("judge", "prompts", "rank", "repo", "revision", "safe_merge", "target_modules", "url")
-# Kinds of jobs that are about what quantizing the base took.
+# Kinds of jobs that are about what quantizing the base took, and the forms of a base for which they can tell.
 FOR_QUANTIZED = ("loftq", "loftq-compensation")
+KNOWN_FORMS = ("nf4", "fp4", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +98,9 @@ class AdapterJobs:
             )
         if options.get("url"):
             check_s3_url(options["url"], self._s3_root)
-        if kind in FOR_QUANTIZED and self._served.kind == "none" and not options.get("quantization"):
+        if kind in FOR_QUANTIZED and self._served.kind not in KNOWN_FORMS and not options.get("quantization"):
             raise InvalidRequestError(
-                "the served base is not quantized: say for which `quantization` this is meant",
+                "the served base is not quantized by bitsandbytes: say for which `quantization` this is meant",
                 code="not_supported",
                 param="quantization",
             )

@@ -159,6 +159,9 @@ SERVERS = {
         ),
         job=_loramux_job,
     ),
+    "loramux-int4": Server(
+        package="", can=_only_base, command=_loramux_command("--quantization", "int4"), job=_loramux_job
+    ),
     "loramux-no-prefix-cache": Server(
         package="", can=_only_base, command=_loramux_command("--no-prefix-cache"), job=_loramux_job
     ),

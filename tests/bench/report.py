@@ -25,10 +25,11 @@ COLUMNS = (
 # Label, (peers, workload, figure) over (peers, workload, figure), the goal, and whether more is better.
 Side = tuple[Sequence[str], str, str]
 RATE, TTFT, ITL99 = "output_tokens_per_s", "ttft_p50_s", "itl_p99_ms"
-US = ("loramux",)
+US, INT4 = ("loramux",), ("loramux-int4",)
 COMPARISONS: list[tuple[str, Side, Side, float, bool]] = [
     ("W1 / vLLM's best", (US, "W1", RATE), (BEST_VLLM, "W1", RATE), 1.6, True),
-    ("W1 / llama.cpp Q4", (US, "W1", RATE), (("llama.cpp-q4",), "W1", RATE), 1.0, True),
+    ("W1 in int4 / vLLM's best", (INT4, "W1", RATE), (BEST_VLLM, "W1", RATE), 1.6, True),
+    ("W1 in int4 / llama.cpp Q4", (INT4, "W1", RATE), (("llama.cpp-q4",), "W1", RATE), 1.0, True),
     ("W2 / vLLM's best", (US, "W2", RATE), (BEST_VLLM, "W2", RATE), 1.2, True),
     ("W2 / transformers' continuous batching", (US, "W2", RATE), (("transformers-cb",), "W2", RATE), 3.0, True),
     ("W3 / PEFT mixed batch", (US, "W3", RATE), (("peft",), "W3", RATE), 4.5, True),
