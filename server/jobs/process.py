@@ -81,22 +81,23 @@ class WorkProcess:
             )
         process = self._process
         answer: dict[str, Any] | None = None
-        with process:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            try:
-                process.stdin.write(json.dumps(task).encode() + b"\n")
-                process.stdin.flush()
-                for line in process.stdout:
-                    said = json.loads(line)
-                    if "stage" in said:
-                        report(said["stage"], said["fraction"])
-                    else:
-                        answer = said
-            except (BrokenPipeError, ValueError) as error:
-                logger.error("a job's process said nonsense: %s", error)
-            finally:
-                process.kill()
+        try:
+            with process:  # closing it writes what is left, which a process that was cancelled does not take
+                try:
+                    assert process.stdin is not None
+                    assert process.stdout is not None
+                    process.stdin.write(json.dumps(task).encode() + b"\n")
+                    process.stdin.flush()
+                    for line in process.stdout:
+                        said = json.loads(line)
+                        if "stage" in said:
+                            report(said["stage"], said["fraction"])
+                        else:
+                            answer = said
+                finally:
+                    process.kill()
+        except (BrokenPipeError, ValueError) as error:
+            logger.log(logging.DEBUG if self._is_cancelled else logging.ERROR, "a job's process broke off: %s", error)
         if self._is_cancelled:
             raise JobCancelledError
         if answer is None:

@@ -27,10 +27,11 @@ def simulate(streams_s: float, token_s: float, noise: float) -> list[tuple[int, 
 @pytest.mark.parametrize("streams_s", [0.02, 0.04, 0.11])
 @pytest.mark.parametrize("token_s", [0.0004, 0.0008, 0.0016])
 def test_steps_take_what_they_are_meant_to(streams_s: float, token_s: float) -> None:
-    steps = simulate(streams_s, token_s, noise=0.1)
-    for count, seconds in steps[1:]:
-        assert seconds < 1.35 * TARGET_S
-        assert count == BUDGET or count > 0.5 * (TARGET_S - streams_s) / token_s or (count, seconds) == steps[-1]
+    for noise, most, least in ((0.0, 1.05, 0.9), (0.1, 2.2, 0.3)):  # a line through few noisy points leans far
+        steps = simulate(streams_s, token_s, noise)
+        for count, seconds in steps[1:]:
+            assert seconds < most * TARGET_S
+            assert count == BUDGET or count > least * (TARGET_S - streams_s) / token_s or (count, seconds) == steps[-1]
 
 
 def test_a_machine_that_cannot_reach_the_target_still_moves_prompts_forward() -> None:

@@ -73,7 +73,7 @@ def tour(root: Path, say: Callable[[str], None]) -> None:
         store.publish("a", folder, {})
     queue.start()
     mix = {"name": "mixed", "adapters": [{"name": "a", "weight": 1.0}], "seed": 0}
-    for kind, options in (("mix", mix), ("merge", {"adapters": ["a"]})):
+    for kind, options in (("mix", mix), ("merge", {"adapters": [{"name": "a", "weight": 1.0}]})):
         view = queue.submit(kind, options)
         say(f"queued {kind} {view.record.job_id}")
         say(f"{ended(queue, view.record.job_id).record.state.value} {kind} {view.record.job_id}")
