@@ -4,7 +4,7 @@
     python -m tests.bench --profile     where the time of our own steps goes: see steps.py
 
 Each (peer, workload) pair is one cell of tests/bench/results/NAME.json; a cell that is measured again is replaced, so a
-run can be made in parts. The report compares cells and says which of them are from the same run.
+run can be made in parts. The report compares cells and says which of them are from the same run; NAME.svg shows them.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from tests.bench.client import run_jobs, summary
 from tests.bench.machine import QUIET, CpuAccount, memory_bytes, start_quietly
 from tests.bench.material import Material
 from tests.bench.peers import IN_PROCESS, PACKAGES, SERVERS, jobs_for, run_in_process, serve
+from tests.bench.plot import plot
 from tests.bench.workloads import WORKLOADS, Workload
 
 RESULTS = Path(__file__).with_name("results")
@@ -144,6 +145,7 @@ def main() -> None:
                     RESULTS.mkdir(exist_ok=True)
                     path.write_text(json.dumps(found, indent=1))
     print(report.render(found))
+    path.with_suffix(".svg").write_text(plot(found))
 
 
 if __name__ == "__main__":
