@@ -152,7 +152,11 @@ class TextCodec:
         """The bytes that a token alone stands for; they may be part of a character."""
         if self.trie is None:
             return self.decode([token_id]).encode()
-        return self.trie.decode_bytes([token_id])
+        found = self.trie.decode_bytes([token_id])
+        if found or self.is_special(token_id):
+            return found
+        # The trie keeps 0xFF, which no text has, for special tokens; a byte-level vocabulary has a token of it.
+        return b"\xff" if self._backend.decode([token_id]) == "\N{REPLACEMENT CHARACTER}" else b""
 
     def stream(self, prompt_ids: Sequence[int], stop: StopRule) -> "TextStream":
         return TextStream(self._backend, prompt_ids, stop)

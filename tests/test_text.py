@@ -63,3 +63,13 @@ def test_stop_strings_count_from_min_tokens_on(codec: TextCodec) -> None:
 def test_the_bytes_of_tokens_add_up(codec: TextCodec) -> None:
     for text in CORPUS:
         assert b"".join(map(codec.token_bytes, codec.encode(text))).decode() == text
+
+
+def test_every_tokens_bytes_are_those_of_its_text(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    codec = TextCodec(tmp_path, vocab_size=len(tokenizer), eos_token_ids=frozenset({2}))
+    assert codec.trie is not None
+    for token_id in range(len(tokenizer)):
+        if not codec.is_special(token_id):
+            assert codec.token_bytes(token_id).decode(errors="replace") == tokenizer.decode([token_id])
