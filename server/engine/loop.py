@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from server.allocator import trim
 from server.engine.batch import PromptRows, RouteMemo, build_batch
 from server.engine.blocks import BlockPool
 from server.engine.fairness import Fairness
@@ -182,14 +183,16 @@ class EngineLoop:
             torch.set_num_threads(self._num_threads)
             torch.get_num_threads()  # settles it for this thread, before another thread sets its own number
         self._has_started.set()
+        num_steps_at_trim = 0
         try:
             while not self._is_closing:
                 self._awake.clear()
                 self._take_inbox()
                 is_idle = not self._step()
                 self._on_step()
-                if is_idle:
-                    self._awake.wait(IDLE_WAIT_S)
+                if is_idle and not self._awake.wait(IDLE_WAIT_S) and self.stats.num_steps > num_steps_at_trim:
+                    num_steps_at_trim = self.stats.num_steps
+                    trim()
         except BaseException:
             logger.exception("the engine thread died")
             raise
