@@ -15,7 +15,7 @@ from server.adapters.record import AT_ONCE, Publication
 from server.adapters.registry import AdapterRegistry
 from server.adapters.store import AdapterRecord, AdapterStore, History, check_name
 from server.adapters.tiers import Usage
-from server.errors import ConflictError, InvalidAdapterError, InvalidRequestError, ServerError
+from server.errors import ConflictError, InvalidRequestError, ServerError
 
 __all__ = ["AdapterService", "AdapterView"]
 
@@ -266,13 +266,9 @@ class AdapterService:
         self.check_name(name)
         with self._store.staging_folder() as staged:
             fill(staged)
-            folder, details = self._intake.check(staged, converted=converted, waits=waits)
-            if details["folded_bytes"] > self._registry.max_slot_bytes:
-                raise InvalidAdapterError(
-                    f"the adapter takes {details['folded_bytes']} bytes in memory, all slots together have "
-                    f"{self._registry.max_slot_bytes}",
-                    code="adapter_too_large",
-                )
+            folder, details = self._intake.check(
+                staged, max_folded_bytes=self._registry.max_slot_bytes, converted=converted, waits=waits
+            )
             before = self._store.peek(name).digests
             record = self._store.publish(name, folder, details, publication)
         self._forget(before - self._store.peek(name).digests)  # those that the new generation pushed out
