@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from lora_core.config import CONFIG_NAME, LoraConfig
-from lora_core.errors import CheckpointError, TargetError, UnsupportedError
+from lora_core.errors import CheckpointError, LoraError, TargetError, UnsupportedError
 from lora_core.maths import is_finite
 from lora_core.safetensors_header import TensorInfo, read_header
 from lora_core.targets import match_targets
@@ -32,6 +32,8 @@ __all__ = [
     "read_adapter",
     "read_files",
     "save_adapter",
+    "split_key",
+    "tensor_faults",
     "write_adapter",
 ]
 
@@ -99,15 +101,17 @@ def parse_adapter(config_json: bytes, weights: bytes) -> AdapterWeights:
     for field in UNSERVED:
         if getattr(config, field) is not None:
             raise UnsupportedError(f"`{field}` is set in {CONFIG_NAME} and is not supported")
-    check_tensors(config, read_header(memoryview(weights), len(weights)))
+    header = read_header(memoryview(weights), len(weights))
+    check_tensors(config, header)
     modules: dict[str, dict[str, Tensor]] = {}
     full, embeddings = {}, set()
-    for key, tensor in _load(weights).items():
-        module, part = _split_key(config, key)
+    tensors = _load(weights)  # in no order
+    for key in header:
+        module, part = split_key(config, key)
         if part == FULL_WEIGHT:
-            full[module] = tensor
+            full[module] = tensors[key]
         else:
-            modules.setdefault(module, {})[part] = tensor
+            modules.setdefault(module, {})[part] = tensors[key]
         if key.endswith(EMBEDDING_A):
             embeddings.add(module)
     base_weights = {name: parts.pop(BASE_PART) for name, parts in modules.items() if BASE_PART in parts}
@@ -212,24 +216,49 @@ def check_tensors(config: LoraConfig, header: Mapping[str, TensorInfo]) -> dict[
         UnsupportedError: a tensor belongs to a feature that is not supported.
         TargetError: a module's rank is not that of the configuration.
     """
+    ranks, faults = _examine(config, header)
+    if faults:
+        raise next(iter(faults.values()))
+    return ranks
+
+
+def tensor_faults(config: LoraConfig, header: Mapping[str, TensorInfo]) -> dict[str, LoraError]:
+    """All that `check_tensors` finds wrong, by the tensors' keys: the first fault of each."""
+    return _examine(config, header)[1]
+
+
+def _examine(config: LoraConfig, header: Mapping[str, TensorInfo]) -> tuple[dict[str, int], dict[str, LoraError]]:
     modules: dict[str, dict[str, TensorInfo]] = {}
+    faults: dict[str, LoraError] = {}
     for info in header.values():
-        module, part = _split_key(config, info.name)
-        if info.dtype not in FLOATS:
-            raise CheckpointError(f"tensor {info.name!r} has dtype {info.dtype}; adapters hold floats")
-        if part == FULL_WEIGHT:
+        try:
+            module, part = split_key(config, info.name)
+            if info.dtype not in FLOATS:
+                raise CheckpointError(f"tensor {info.name!r} has dtype {info.dtype}; adapters hold floats")
+            if part != FULL_WEIGHT and part in modules.setdefault(module, {}):
+                raise CheckpointError(f"module {module!r} has its {part} twice")
+        except LoraError as error:
+            faults[info.name] = error
             continue
-        if part in modules.setdefault(module, {}):
-            raise CheckpointError(f"module {module!r} has its {part} twice")
-        modules[module][part] = info
+        if part != FULL_WEIGHT:
+            modules[module][part] = info
     targets = match_targets(config, modules)
     for target in targets:
-        _check_module(config, target.name, target.r, modules[target.name])
-    return {target.name: target.r for target in targets}
+        try:
+            _check_module(config, target.name, target.r, modules[target.name])
+        except LoraError as error:
+            for info in modules[target.name].values():
+                faults.setdefault(info.name, error)
+    return {target.name: target.r for target in targets}, faults
 
 
-def _split_key(config: LoraConfig, key: str) -> tuple[str, str]:
-    """A key's module and which part of it the tensor is; of a full weight, the whole key without the prefix."""
+def split_key(config: LoraConfig, key: str) -> tuple[str, str]:
+    """A key's module and which part of it the tensor is; of a full weight, the whole key without the prefix.
+
+    Raises:
+        CheckpointError: PEFT does not save such a key.
+        UnsupportedError: it belongs to a feature that is not supported.
+    """
     if not key.startswith(KEY_PREFIX):
         raise CheckpointError(f"tensor {key[:200]!a} does not start with '{KEY_PREFIX}': not saved by PEFT")
     for suffix, part in (*PARTS.items(), (BASE_WEIGHT, BASE_PART)):

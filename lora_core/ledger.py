@@ -10,17 +10,19 @@ from typing import Literal, NamedTuple
 from lora_core.errors import LoraError, TargetError
 from lora_core.weights import AdapterWeights
 
-__all__ = ["FACTORS", "Outcome", "TensorGroup", "TensorLedger"]
+__all__ = ["FACTORS", "NOT_REACHED", "Outcome", "TensorGroup", "TensorLedger"]
 
 Outcome = Literal["used", "folded", "converted", "refused"]
 FACTORS = ("lora_A", "lora_B")
+NOT_REACHED = "the adapter is refused as a whole"
 
 
 class TensorGroup(NamedTuple):
     """Tensors of one kind that had the same fate.
 
     Attributes:
-        tensors: the kind: PEFT's name of a part ("lora_A", ...), or "base weight", or "full weight".
+        tensors: the kind: PEFT's name of a part ("lora_A", ...), or "base weight", or "full weight". In a file that was
+            refused as it was read also "other", for keys of no known kind, and "file", if it holds no tensors at all.
         outcome: "used" as it is, "folded" with others into what serving needs, "converted" first, or "refused".
         names: modules, or keys of full weights, in the file's order.
     """
@@ -74,7 +76,7 @@ class TensorLedger:
     def groups(self) -> list[TensorGroup]:
         """The report; what was not reached, because an error came before, is refused with it."""
         found: dict[tuple[str, Outcome, str], list[str]] = {}
-        not_reached: tuple[Outcome, str] = ("refused", "the adapter is refused as a whole")
+        not_reached: tuple[Outcome, str] = ("refused", NOT_REACHED)
         for (name, tensor), fate in self._fates.items():
             found.setdefault((tensor, *(fate or not_reached)), []).append(name)
         return [TensorGroup(*key, tuple(names)) for key, names in found.items()]

@@ -208,7 +208,7 @@ class CallerAdapters:
 
     @property
     def quota(self) -> StorageQuota:
-        """What may be kept of the caller's adapters."""
+        """What may be kept of the caller's adapters: of all of its tenant's, by whichever of its keys."""
         return StorageQuota(self._caller.limits.max_adapters, self._caller.limits.max_adapter_bytes)
 
     def _limited(self, publication: Publication) -> Publication:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Protocol
 from server.adapters.archive import ArchiveLimits, read_adapter_archive
 from server.adapters.loader import AdapterLoader
 from server.adapters.objects import CONFIG_NAME, FILE_NAMES, INITIAL_NAME, WEIGHTS_NAME
+from server.adapters.report import refusal_report
 from server.durable import copy_stream
 from server.errors import InvalidAdapterError, OverloadedError, ServerError
 
@@ -92,10 +93,13 @@ class AdapterIntake:
 
         return fill
 
-    def check(self, folder: Path, *, converted: str = "", waits: bool = False) -> tuple[Path, dict[str, Any]]:
+    def check(
+        self, folder: Path, *, max_folded_bytes: int, converted: str = "", waits: bool = False
+    ) -> tuple[Path, dict[str, Any]]:
         """Check a filled folder, and convert it first if need be.
 
         Args:
+            max_folded_bytes: that it may take in memory.
             converted: how it was made plain before it came here.
             waits: for its turn; else it is refused if others are being checked.
 
@@ -103,9 +107,25 @@ class AdapterIntake:
             The folder with the two files to publish, in or below `folder`, and what the check found out.
 
         Raises:
-            InvalidAdapterError: it is refused.
+            InvalidAdapterError: it is refused; its `details` have the report on its tensors.
             OverloadedError: others are being checked.
         """
+        try:
+            plain, details = self._checked(folder, converted, waits=waits)
+            if details["folded_bytes"] > max_folded_bytes:
+                raise InvalidAdapterError(
+                    f"the adapter takes {details['folded_bytes']} bytes in memory, all slots together have "
+                    f"{max_folded_bytes}",
+                    code="adapter_too_large",
+                )
+        except ServerError as error:
+            if error.kind == InvalidAdapterError.kind and "report" not in error.details:
+                config, weights = ((folder / name).read_bytes() for name in FILE_NAMES)
+                error.details |= {"report": refusal_report(config, weights, error.message)}
+            raise
+        return plain, details
+
+    def _checked(self, folder: Path, converted: str, *, waits: bool) -> tuple[Path, dict[str, Any]]:
         initial = folder / INITIAL_NAME if _has_files(folder / INITIAL_NAME) else None
         if initial is not None or self._loader.changes_base((folder / CONFIG_NAME).read_bytes()):
             with _turn(self._conversions, waits=waits):

@@ -57,7 +57,7 @@ class RegistryStats:
     host_tier: TierStats
     slot_allocated_bytes: int
     num_failures: int
-    usage: Mapping[str, Usage]
+    usage: Mapping[str, Usage] = field(default_factory=dict)
 
 
 class LeaseOwner(Protocol):

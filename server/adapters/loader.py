@@ -22,6 +22,7 @@ from lora_core import (
 from lora_core.checkpoint import non_finite_tensor
 from lora_core.maths import Folded
 from lora_core.slots import LayerSlots
+from server.adapters.report import import_report
 from server.adapters.tiers import HostAdapter
 from server.errors import InvalidAdapterError
 
@@ -88,7 +89,8 @@ class AdapterLoader:
             What to tell about it: rank, kind, targets, and as `report` what becomes of its tensors.
 
         Raises:
-            InvalidAdapterError: naming the first thing that is wrong; its `details` have the report too.
+            InvalidAdapterError: naming the first thing that is wrong; its `details` have the report too, if the files
+                could be read.
         """
         adapter = self._parse(config_json, weights)
         ledger = TensorLedger(adapter, converted=converted)
@@ -96,7 +98,7 @@ class AdapterLoader:
             self._check_values(adapter, ledger)
             folded = self._fold(adapter, ledger)
         except InvalidAdapterError as error:
-            error.details = {"report": _report(ledger)}
+            error.details = {"report": import_report(ledger.groups())}
             raise
         return {
             "type": "dora" if adapter.config.use_dora else "lora",
@@ -105,7 +107,7 @@ class AdapterLoader:
             "num_modules": len(adapter.modules),
             "folded_bytes": folded.num_bytes,
             "targets": sorted({name.rpartition(".")[2] for name in adapter.modules}),
-            "report": _report(ledger),
+            "report": import_report(ledger.groups()),
         }
 
     def _check_values(self, adapter: AdapterWeights, ledger: TensorLedger) -> None:
@@ -136,19 +138,6 @@ class AdapterLoader:
 
 def _rank(adapter: AdapterWeights) -> int:
     return max((part.rank for part in adapter.modules.values()), default=0)
-
-
-def _report(ledger: TensorLedger) -> list[dict[str, Any]]:
-    return [
-        {
-            "tensors": group.tensors,
-            "num_tensors": len(group.names),
-            "outcome": group.outcome,
-            "reason": group.reason,
-            "example": group.names[0],
-        }
-        for group in ledger.groups()
-    ]
 
 
 class BankSlots:

@@ -48,7 +48,7 @@ class StorageQuota:
         ):
             if limit is not None and new > max(limit, old):
                 raise QuotaExceededError(
-                    f"this key may have {limit} {what} kept, all generations together; with this they would be {new}",
+                    f"this key's owner may have {limit} {what} kept, all generations together; it would be {new}",
                     details={"limit": limit, "would_be": new},
                 )
 

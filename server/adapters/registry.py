@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 
 from server.adapters.host_tier import HostTier
@@ -27,6 +28,7 @@ __all__ = ["AdapterRegistry"]
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 2
+COPIES_AT_ONCE = 64
 UNUSED = Usage()
 
 
@@ -175,9 +177,21 @@ class AdapterRegistry:
         with self._lock:
             self._slots.pinned = frozenset(digests)
 
-    def stats(self) -> RegistryStats:
+    @property
+    def pinned(self) -> Collection[str]:
+        """Digests of those that stay in their slots."""
+        return self._slots.pinned
+
+    def stats(self, digests: Collection[str] | None = None) -> RegistryStats:
+        """What is where at one moment.
+
+        Args:
+            digests: whose usage is wanted; by default everybody's. It is copied a few adapters at a time, each as it is
+                then, so that the engine does not wait for thousands of copies.
+        """
         with self._lock:
-            return RegistryStats(
+            wanted = list(self._usage) if digests is None else list(digests)
+            stats = RegistryStats(
                 slots={e.digest: e.slot for e in self._slots.owners if e.slot is not None and e.is_ready},
                 host={e.digest: e.num_bytes for e in self._host.held},
                 leases={e.digest: e.num_open for e in self._entries.values() if e.num_open},
@@ -186,8 +200,13 @@ class AdapterRegistry:
                 host_tier=self._host.stats(),
                 slot_allocated_bytes=self._slots.allocated_bytes,
                 num_failures=self._num_failures,
-                usage={digest: usage.copy() for digest, usage in self._usage.items()},
             )
+        usage: dict[str, Usage] = {}
+        for start in range(0, len(wanted), COPIES_AT_ONCE):
+            with self._lock:
+                found = ((digest, self._usage.get(digest)) for digest in wanted[start : start + COPIES_AT_ONCE])
+                usage.update((digest, one.copy()) for digest, one in found if one is not None)
+        return replace(stats, usage=usage)
 
     def usage(self, digest: str) -> Usage:
         """What became of one adapter since the start."""

@@ -15,7 +15,7 @@ from server.adapters.record import AT_ONCE, Publication
 from server.adapters.registry import AdapterRegistry
 from server.adapters.store import AdapterRecord, AdapterStore, History, check_name
 from server.adapters.tiers import Usage
-from server.errors import ConflictError, InvalidAdapterError, InvalidRequestError, ServerError
+from server.errors import ConflictError, InvalidRequestError, ServerError
 
 __all__ = ["AdapterService", "AdapterView"]
 
@@ -99,11 +99,12 @@ class AdapterService:
 
     def view(self, record: AdapterRecord) -> AdapterView:
         """A generation as it is now; it may have been deleted since."""
-        return _view(self._store.peek(record.name), record, self._registry.stats())
+        return _view(self._store.peek(record.name), record, self._registry.stats([record.digest]))
 
     def generations(self, name: str) -> list[AdapterView]:
         """All kept generations of a name, newest first; NotFoundError if there are none."""
-        history, stats = self._store.history(name), self._registry.stats()
+        history = self._store.history(name)
+        stats = self._registry.stats(history.digests)
         return [_view(history, record, stats) for record in reversed(history.generations)]
 
     def names_by_digest(self) -> dict[str, str]:
@@ -202,7 +203,7 @@ class AdapterService:
             ConflictError: it is pinned.
         """
         record = self._store.get(name)
-        if record.digest in self._registry.stats().pinned:
+        if record.digest in self._registry.pinned:
             raise ConflictError(f"{name!r} is pinned", code="adapter_pinned")
         self._registry.evict(record.digest)
         return record
@@ -230,7 +231,7 @@ class AdapterService:
 
     def apply_pins(self) -> None:
         """Pin what the names that are pinned mean now, as far as half of the slots and their bytes go; warm it."""
-        old = self._registry.stats().pinned
+        old = self._registry.pinned
         new: set[str] = set()
         num_bytes = 0
         for digest in sorted(self._pinned_digests(), key=lambda one: one not in old):
@@ -266,13 +267,9 @@ class AdapterService:
         self.check_name(name)
         with self._store.staging_folder() as staged:
             fill(staged)
-            folder, details = self._intake.check(staged, converted=converted, waits=waits)
-            if details["folded_bytes"] > self._registry.max_slot_bytes:
-                raise InvalidAdapterError(
-                    f"the adapter takes {details['folded_bytes']} bytes in memory, all slots together have "
-                    f"{self._registry.max_slot_bytes}",
-                    code="adapter_too_large",
-                )
+            folder, details = self._intake.check(
+                staged, max_folded_bytes=self._registry.max_slot_bytes, converted=converted, waits=waits
+            )
             before = self._store.peek(name).digests
             record = self._store.publish(name, folder, details, publication)
         self._forget(before - self._store.peek(name).digests)  # those that the new generation pushed out

@@ -81,7 +81,7 @@ class Authentication:
             raise AuthenticationError(
                 "the API key is not valid" if secret else "this needs an API key: `Authorization: Bearer KEY`"
             )
-        caller = Caller.of(record)
+        caller = Caller.of(record, self._keys.limits_of(record))
         if rule is None and not caller.sees_all:
             raise route_not_found(scope["method"], scope["path"])
         if rule is not None and not caller.has_any(rule.scopes):

@@ -16,7 +16,7 @@ router = APIRouter(prefix="/admin", tags=["adapters"])
 @router.get("/tiers")
 async def tiers(adapters: Adapters) -> Tiers:
     """What is where, and how often adapters were found there."""
-    return Tiers.of(adapters.tiers(), adapters.max_slots)
+    return await asyncio.to_thread(lambda: Tiers.of(adapters.tiers(), adapters.max_slots))
 
 
 @router.post("/adapters/{name}/warm")

@@ -25,8 +25,8 @@ class Caller:
     limits: KeyLimits = KeyLimits()  # noqa: RUF009 - frozen
 
     @classmethod
-    def of(cls, record: KeyRecord) -> "Caller":
-        return cls(record.key_id, record.tenant or "", record.scopes, record.adapters, record.limits)
+    def of(cls, record: KeyRecord, limits: KeyLimits) -> "Caller":
+        return cls(record.key_id, record.tenant or "", record.scopes, record.adapters, limits)
 
     @property
     def sees_all(self) -> bool:

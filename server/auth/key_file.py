@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from server.auth.keys import KeyRecord, find_key
+from server.auth.keys import KeyLimits, KeyRecord, Scope, find_key
 from server.durable import rename, storage_errors, sync_folder, write_file
 from server.errors import InvalidRequestError, NotFoundError
 
@@ -25,6 +25,7 @@ __all__ = ["KeyFile"]
 REREAD_S = 1.0
 DEFAULT_WEIGHT = 1.0
 FORMAT = 1
+STORED_LIMITS = ("max_adapters", "max_adapter_bytes")
 
 
 class _Contents(BaseModel):
@@ -43,6 +44,7 @@ class KeyFile:
         self._lock = threading.Lock()
         self._by_hash: dict[str, KeyRecord] = {}
         self._weights: dict[str, float] = {}
+        self._stored: dict[str, dict[str, int]] = {}
         self._stamp: tuple[int, int, int] | None = None
         self._looked_s = float("-inf")
 
@@ -77,6 +79,15 @@ class KeyFile:
     def weight_of(self, tenant: str) -> float:
         """A tenant's share of the engine, "" for callers without one: the highest weight of its keys."""
         return self._weights.get(tenant, DEFAULT_WEIGHT)
+
+    def limits_of(self, record: KeyRecord) -> KeyLimits:
+        """A key's limits, where those of what is kept are its tenant's: the lowest that any of the tenant's keys has.
+
+        Administrators publish for all tenants, and have their own.
+        """
+        if Scope.ADMIN in record.scopes:
+            return record.limits
+        return record.limits.model_copy(update=self._stored.get(record.tenant or "", {}))
 
     def add(self, record: KeyRecord) -> None:
         """Add a key; on the disk when this returns.
@@ -151,6 +162,7 @@ class KeyFile:
             raise InvalidRequestError(f"{self.path} has the unknown format {contents.format}", code="keys_invalid")
         self._by_hash = {record.sha256: record for record in contents.keys}
         self._weights = _weights(contents.keys)
+        self._stored = _stored_limits(contents.keys)
         self._stamp = stamp
 
 
@@ -162,3 +174,17 @@ def _weights(records: Iterable[KeyRecord]) -> dict[str, float]:
             tenant = record.tenant or ""
             weights[tenant] = max(weights.get(tenant, 0.0), record.limits.weight)
     return weights
+
+
+def _stored_limits(records: Iterable[KeyRecord]) -> dict[str, dict[str, int]]:
+    """The lowest limits of what each tenant may have kept, by the fields of KeyLimits that say so."""
+    found: dict[str, dict[str, int]] = {}
+    for record in records:
+        if Scope.ADMIN in record.scopes:
+            continue
+        own = found.setdefault(record.tenant or "", {})
+        for field in STORED_LIMITS:
+            limit = getattr(record.limits, field)
+            if limit is not None:
+                own[field] = min(limit, own.get(field, limit))
+    return found

@@ -37,8 +37,8 @@ class KeyLimits(BaseModel):
         tokens_per_minute: of prompts and outputs together. The request that crosses the limit is still answered; the
             next ones wait until it is paid off.
         max_concurrent: requests at once.
-        max_adapters, max_adapter_bytes: with all that its tenant keeps already, all generations included, this key may
-            not bring it beyond these.
+        max_adapters, max_adapter_bytes: what its tenant may have kept, all generations included; the lowest of its
+            tenant's keys counts for all of them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

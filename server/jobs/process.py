@@ -103,6 +103,7 @@ class WorkProcess:
         if answer is None:
             raise GenerationError(f"the job's process ended with status {process.returncode}", code="job_crashed")
         if "error" in answer:
-            raise JobFailedError(answer["error"]["message"], code=answer["error"]["code"])
+            said = answer["error"]
+            raise JobFailedError(said["message"], code=said["code"], details=said.get("details"))
         result: dict[str, Any] = answer["result"]
         return result

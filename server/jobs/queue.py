@@ -258,7 +258,7 @@ class JobQueue:
         except JobCancelledError:
             return {"state": JobState.INTERRUPTED if self._is_closing else JobState.CANCELLED}
         except ServerError as error:
-            return {"state": JobState.FAILED, "error": {"code": error.code, "message": error.message}}
+            return {"state": JobState.FAILED, "error": {**error.details, "code": error.code, "message": error.message}}
         except Exception as error:
             logger.exception("job %s (%s) failed", record.job_id, record.kind)
             message = f"the job failed: {type(error).__name__}"

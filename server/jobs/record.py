@@ -41,7 +41,7 @@ class JobRecord:
         attempt: counts from 1.
         stage, fraction: how far it is; fraction is from 0 to 1.
         result: what came of it.
-        error: code and message, if it failed.
+        error: code and message, if it failed, and what else a program needs to react.
         owner: of a job that a tenant began: `tenant`, "" for the owner of the public adapters, and its quota
             (`max_adapters`, `max_bytes`). Empty for an administrator's.
     """
@@ -58,7 +58,7 @@ class JobRecord:
     stage: str = ""
     fraction: float = 0.0
     result: Mapping[str, Any] = field(default_factory=dict)
-    error: Mapping[str, str] = field(default_factory=dict)
+    error: Mapping[str, Any] = field(default_factory=dict)
     owner: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -39,7 +39,7 @@ def main() -> None:
     except LoraError as error:
         answer = {"error": {"code": error.code, "message": str(error)}}
     except ServerError as error:
-        answer = {"error": {"code": error.code, "message": error.message}}
+        answer = {"error": {"code": error.code, "message": error.message, "details": error.details}}
     _say(out, answer)
 
 

@@ -191,7 +191,7 @@ class JobInfo(BaseModel):
     fraction: float
     eta_s: float | None
     result: dict[str, Any]
-    error: dict[str, str]
+    error: dict[str, Any]
 
     @classmethod
     def of(cls, view: JobView) -> "JobInfo":

@@ -11,7 +11,7 @@ import pytest
 
 from server.adapters.lease import Lease
 from server.adapters.registry import AdapterRegistry
-from server.adapters.tiers import HostAdapter
+from server.adapters.tiers import HostAdapter, Usage
 from server.errors import ConflictError, InvalidRequestError, NotFoundError, ServerError, UnavailableError
 from server.leases import LeaseState
 
@@ -513,3 +513,39 @@ def test_everything_that_is_asked_for_gets_its_turn() -> None:
                 for lease in leases:
                     lease.deactivate()
         world.close()
+
+
+class CountingLock:
+    """Counts what is done while it is held, by each time that it is."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.counts: list[int] = []
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self.counts.append(0)
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def count(self) -> None:
+        if self._lock.locked():
+            self.counts[-1] += 1
+
+
+def test_figures_of_thousands_of_adapters_hold_nobody_up(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    usages = {f"a{i}": Usage(num_requests=i) for i in range(2000)}
+    monkeypatch.setattr(world.registry, "_usage", usages)
+    lock = CountingLock()
+    monkeypatch.setattr(world.registry, "_lock", lock)
+    copy = Usage.copy
+    monkeypatch.setattr(Usage, "copy", lambda usage: (lock.count(), copy(usage))[1])
+    found = world.registry.stats().usage
+    assert found == usages
+    assert not any(found[digest] is usage for digest, usage in usages.items())
+    assert sum(lock.counts) == len(usages)  # each is whole: nobody changes it meanwhile
+    assert max(lock.counts) <= 64  # and nobody waits for more than so many
+    lock.counts.clear()
+    assert world.registry.stats(["a7", "unknown"]).usage == {"a7": usages["a7"]}
+    assert sum(lock.counts) == 1

@@ -182,7 +182,7 @@ def test_a_tenant_keeps_no_more_than_its_quota(guarded: Guarded) -> None:
 
     folders = guarded.folders
     limit = num_bytes(folders["rank4"]) + num_bytes(folders["rank8"])
-    guarded.add_key("two", WRITE, tenant="quota", limits=KeyLimits(max_adapters=2))
+    guarded.add_key("two", WRITE, tenant="quota", limits=KeyLimits(max_adapters=3))
     guarded.add_key("bytes", WRITE, tenant="quota", limits=KeyLimits(max_adapter_bytes=limit))
 
     def refused(response: httpx.Response) -> bool:
@@ -197,10 +197,12 @@ def test_a_tenant_keeps_no_more_than_its_quota(guarded: Guarded) -> None:
     with guarded.client("two") as two, guarded.client("bytes") as by_bytes:
         assert not refused(upload(two, "x", folders["rank4"]))
         assert not refused(upload(two, "y", folders["rank8"]))
-        assert refused(upload(two, "z", folders["rank4"]))
-        assert two.get("/admin/adapters/z").status_code == 404
         assert refused(upload(by_bytes, "x", folders["dora"]))
         assert not refused(upload(by_bytes, "z", folders["rank4"]))  # equal contents take no more bytes
+        for client in (two, by_bytes):  # both limits are the tenant's
+            assert refused(upload(client, "w", folders["rank4"]))
+            assert refused(upload(client, "x", folders["dora"]))
+        assert two.get("/admin/adapters/w").status_code == 404
         assert not refused(upload(two, "x", folders["rank4"]))  # again: nothing new
         assert two.get("/admin/adapters/x").json()["generation"] == 1
         job = submit(by_bytes, **MIX, name="x", adapters=[{"name": "x"}, {"name": "y"}])
@@ -208,5 +210,14 @@ def test_a_tenant_keeps_no_more_than_its_quota(guarded: Guarded) -> None:
         assert (failed["state"], failed["error"]["code"]) == ("failed", "quota_exceeded")
         for name in ("x", "y", "z"):
             assert two.delete(f"/admin/adapters/{name}").status_code == 200
-        assert not refused(upload(two, "new", folders["rank16"]))
+        assert not refused(upload(two, "new", folders["rank8"]))
         two.delete("/admin/adapters/new")
+    guarded.add_key("fewer", WRITE, tenant="quota", limits=KeyLimits(max_adapters=1))
+    guarded.add_key("others", WRITE, tenant="quota2")
+    with guarded.client("two") as two, guarded.client("others") as others:
+        assert not refused(upload(two, "x", folders["rank4"]))
+        assert refused(upload(two, "y", folders["rank4"]))  # the lowest limit of all of its keys
+        for name in ("x", "y"):
+            assert not refused(upload(others, name, folders["rank4"]))
+            others.delete(f"/admin/adapters/{name}")
+        two.delete("/admin/adapters/x")

@@ -14,7 +14,7 @@ from server.adapters.import_root import ImportRoot
 from server.adapters.record import Publication
 from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterRecord, AdapterStore
 from server.failpoints import ENVIRONMENT_VARIABLE, arm
-from server.jobs.handlers import AdapterJobs
+from server.jobs.handlers import AdapterJobs, ServedWeights
 from server.jobs.process import WorkProcess
 from server.jobs.queue import JobQueue, JobView
 from server.jobs.store import JobStore
@@ -47,11 +47,19 @@ class Publisher:
             return self._store.publish(name, staged, {}, publication)
 
 
-def opened(root: Path, make_process: Callable[[], WorkProcess] = Writer) -> tuple[AdapterStore, JobQueue]:
+def opened(
+    root: Path, make_process: Callable[[], WorkProcess] = Writer, base: Path | None = None
+) -> tuple[AdapterStore, JobQueue]:
     store = AdapterStore(root)
     store.open()
     handler = AdapterJobs(
-        Publisher(store), store, base=root, exports=root / "exports", imports=ImportRoot(None), allow_hub=False
+        Publisher(store),
+        store,
+        base=base or root,
+        exports=root / "exports",
+        imports=ImportRoot(None),
+        allow_hub=False,
+        served=ServedWeights("nf4"),
     )
     queue = JobQueue(JobStore(root / "jobs"), handler, make_process=make_process)
     queue.open()

@@ -4,8 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load
+from safetensors.torch import save as save_bytes
 
-from lora_core import LoraError, TensorLedger, fold_adapter, load_adapter
+from lora_core import LoraError, TensorLedger, fold_adapter, load_adapter, parse_adapter, save_adapter
+from lora_core.checkpoint import read_files
+from lora_core.ledger import NOT_REACHED
+from lora_core.refusal import refused_groups
 from lora_core.weights import AdapterWeights
 from tests.peft_adapters import peft_model, save
 from tests.tiny_models import tiny_model
@@ -55,6 +60,36 @@ def test_a_refusal_names_all_that_is_wrong_and_what_is_not(base: torch.nn.Module
     assert refused == {wrong, "lm_head.weight", "stray.bias"}
     folded = {name for group in ledger.groups() if group.outcome == "folded" for name in group.names}
     assert folded == set(modules) - {wrong}
+
+
+def test_a_file_that_is_refused_as_it_is_read_has_a_report_too(adapter: AdapterWeights, tmp_path: Path) -> None:
+    save_adapter(adapter, tmp_path)
+    config, weights = read_files(tmp_path)
+    tensors = load(weights)
+    shaped, alone, *rest = [f"base_model.model.{name}" for name in adapter.modules]
+    tensors[f"{shaped}.lora_B.weight"] = torch.zeros(3)
+    del tensors[f"{alone}.lora_B.weight"]
+    tensors["base_model.model.stray"] = torch.zeros(2)
+    tensors[f"{rest[0]}.lora_A.weight"] = tensors[f"{rest[0]}.lora_A.weight"].to(torch.int64)
+    weights = save_bytes(tensors)
+    with pytest.raises(LoraError) as caught:
+        parse_adapter(config, weights)
+    groups = refused_groups(config, weights, str(caught.value))
+    assert {group.outcome for group in groups} == {"refused"}
+    assert sum(len(group.names) for group in groups) == len(tensors)
+    reasons = {(group.tensors, name): group.reason for group in groups for name in group.names}
+    names = list(adapter.modules)
+    assert "must be matrices" in reasons["lora_A", names[0]] == reasons["lora_B", names[0]]
+    assert "lacks lora_B" in reasons["lora_A", names[1]]
+    assert "dtype I64" in reasons["lora_A", names[2]]
+    assert "not supported" in reasons["other", "base_model.model.stray"]
+    assert reasons["full weight", "lm_head.weight"] == NOT_REACHED
+
+    (only,) = {group.reason for group in refused_groups(b"{", weights, "no JSON")}
+    assert only == "no JSON"
+    (whole,) = refused_groups(config, weights[:40], "cut short")
+    assert (whole.tensors, whole.outcome) == ("file", "refused")
+    assert "reaches past the end" in whole.reason
 
 
 def test_a_tensor_that_nobody_notes_is_refused(adapter: AdapterWeights) -> None:

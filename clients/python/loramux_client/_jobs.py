@@ -49,7 +49,11 @@ def succeeded(job: Job) -> Job:
     """The same job; JobFailedError if it ended in another way."""
     if job.state != "succeeded":
         message = job.error.get("message", "")
-        raise JobFailedError(f"job {job.job_id} ({job.kind}) {job.state}" + (f": {message}" if message else ""))
+        raise JobFailedError(
+            f"job {job.job_id} ({job.kind}) {job.state}" + (f": {message}" if message else ""),
+            code=job.error.get("code", ""),
+            report=job.error.get("report", ()),
+        )
     return job
 
 

@@ -23,7 +23,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = [
@@ -73,7 +73,17 @@ class UnexpectedAnswerError(LoraMuxError):
 
 
 class JobFailedError(LoraMuxError):
-    pass
+    """A job's end without a result.
+
+    Attributes:
+        code: stable; "" for a job that was cancelled or interrupted.
+        report: of an adapter that was refused, as in APIStatusError.
+    """
+
+    def __init__(self, message: str, *, code: str = "", report: Sequence[Mapping[str, Any]] = ()) -> None:
+        super().__init__(message)
+        self.code = code
+        self.report = list(report)
 
 
 class APIStatusError(LoraMuxError):
@@ -107,6 +117,12 @@ class APIStatusError(LoraMuxError):
         self.retry_after_s = retry_after_s
         self.request_id = request_id
         self.body = body or {}
+
+    @property
+    def report(self) -> list[Mapping[str, Any]]:
+        """Of an adapter that was refused: each group of its tensors with `outcome` and `reason`; else empty."""
+        inner = self.body.get("error")
+        return list((inner if isinstance(inner, dict) else self.body).get("report") or ())
 
 
 class InvalidRequestError(APIStatusError):

@@ -170,7 +170,7 @@ class Job(Model):
         state: "queued", "running", "succeeded", "failed", "cancelled" or "interrupted": by the server's end.
         attempt: counts from 1.
         stage, fraction, eta_s: how far it is; seconds that are left if it goes on as it went so far.
-        error: `message` and `code` of one that failed.
+        error: `message` and `code` of one that failed; `report`, if it refused an adapter.
     """
 
     job_id: str
@@ -186,7 +186,7 @@ class Job(Model):
     fraction: float = 0.0
     eta_s: float | None = None
     result: dict[str, Any] = Field(default_factory=dict)
-    error: dict[str, str] = Field(default_factory=dict)
+    error: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def is_over(self) -> bool:

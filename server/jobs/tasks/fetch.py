@@ -9,9 +9,10 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from lora_core.checkpoint import read_adapter
+from lora_core import LoraConfig, LoraError
 from lora_core.convert import convert_to_lora
 from server.adapters.objects import CONFIG_NAME, FILE_NAMES, INITIAL_NAME, WEIGHTS_NAME
+from server.adapters.report import refusal_report
 from server.errors import InvalidAdapterError, NotFoundError, UnavailableError
 from server.jobs.tasks.convert import described
 from server.jobs.tasks.s3 import PICKLE_NAME, fetch_from_s3
@@ -26,8 +27,7 @@ def run(task: Mapping[str, Any], report: Callable[[str, float], None]) -> dict[s
     also lie in the folder's own `initial/`, or by computing its starting values again.
 
     Raises:
-        LoraError: it is malformed, or cannot be converted.
-        ServerError: it is not there, or cannot be fetched.
+        ServerError: it is not there, cannot be fetched or converted. A malformed one is left to who publishes it.
     """
     out = Path(task["out"])
     report("fetching", 0.0)
@@ -44,15 +44,26 @@ def run(task: Mapping[str, Any], report: Callable[[str, float], None]) -> dict[s
     if not all((fetched / name).is_file() for name in FILE_NAMES):
         raise InvalidAdapterError(f"there are no {CONFIG_NAME} and {WEIGHTS_NAME}", code="adapter_files_missing")
     report("checking", 0.7)
-    config, _ = read_adapter(fetched)
+    config, weights = ((fetched / name).read_bytes() for name in FILE_NAMES)
     initial = task.get("initial") or _initial_beside(fetched)
-    if config.changes_base or initial:
+    if _changes_base(config) or initial:
         report("converting", 0.8)
-        return told | described(convert_to_lora(fetched, initial, out, base_folder=task["base"]))
+        try:
+            return told | described(convert_to_lora(fetched, initial, out, base_folder=task["base"]))
+        except LoraError as error:
+            details = {"report": refusal_report(config, weights, str(error))}
+            raise InvalidAdapterError(str(error), code=error.code, details=details) from error
     out.mkdir()
     for name in FILE_NAMES:
         shutil.copyfile(fetched / name, out / name)
     return told | {"converted_from": None}
+
+
+def _changes_base(config_json: bytes) -> bool:
+    try:
+        return LoraConfig.from_json(config_json).changes_base
+    except LoraError:
+        return False
 
 
 def _initial_beside(folder: Path) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from lora_core import LoraError, LoraModel
@@ -17,6 +17,13 @@ from server.jobs.tasks.base_model import file_keys, open_base
 __all__ = ["run"]
 
 SHARD_BYTES = 1 << 30
+HEADER_BYTES = 512  # of each tensor in a shard's header
+# Names of dtypes in safetensors files.
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32",
+    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".safetensors.index.json", ".bin.index.json")
 Changed = dict[str, tuple[AdapterModule, str]]
 
@@ -24,7 +31,7 @@ Changed = dict[str, tuple[AdapterModule, str]]
 def run(task: Mapping[str, Any], report: Callable[[str, float], None]) -> dict[str, Any]:
     """Write the base plus `weights` times the adapters of `task["adapters"]` to `task["out"]`, in the base's dtype.
 
-    One shard is in memory at a time, and one module's change.
+    One module's change is in memory at a time.
 
     Raises:
         LoraError: the adapters do not fit, or, with `safe_merge`, a merged value is NaN or infinite.
@@ -44,10 +51,11 @@ def run(task: Mapping[str, Any], report: Callable[[str, float], None]) -> dict[s
     out.mkdir()
     _copy_rest(base, out, unties=unties)
 
+    order = list(tensors) + [key for key in changed if key not in tensors]
+    if unties and head_name is not None and head_name not in order:
+        order.append(head_name)
+
     def merged() -> Iterator[tuple[str, Tensor]]:
-        order = list(tensors) + [key for key in changed if key not in tensors]
-        if unties and head_name is not None and head_name not in order:
-            order.append(head_name)
         for i, key in enumerate(order):
             report("merging", i / len(order))
             if key in changed:
@@ -55,11 +63,11 @@ def run(task: Mapping[str, Any], report: Callable[[str, float], None]) -> dict[s
                 value = module.merged_parameters({n: weights[n] for n in names if module.has(n)})[attribute]
                 if task["safe_merge"] and not value.isfinite().all():
                     raise LoraError(f"NaNs detected in the merged weights of {key!r}")
-                yield key, value.contiguous()
+                yield key, value
             else:
                 yield key, tensors[key] if key in tensors else _input_embedding(tensors, keys, bare)
 
-    num_shards = _write_shards(merged(), out)
+    num_shards = _write_shards(merged(), out, len(order))
     return {"num_tensors_changed": len(changed), "num_shards": num_shards, "unties_embeddings": unties}
 
 
@@ -106,34 +114,60 @@ def _copy_rest(base: Path, out: Path, *, unties: bool) -> None:
         (out / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}, indent=2))
 
 
-def _write_shards(tensors: Iterator[tuple[str, Tensor]], out: Path) -> int:
+class _Shard:
+    """A safetensors file that is written tensor by tensor, which no library does: its header fills room that was left.
+
+    Args:
+        max_tensors: that it will hold.
+    """
+
+    def __init__(self, path: Path, max_tensors: int) -> None:
+        self._file = path.open("wb")
+        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        # Of names no longer than that. The format lets spaces fill the header up; tensors begin at a multiple of 8.
+        self._header_bytes = HEADER_BYTES * (max_tensors + 1)
+        self._file.seek(8 + self._header_bytes)
+        self.num_bytes = 0
+        self.keys: list[str] = []
+
+    def add(self, key: str, value: Tensor) -> None:
+        data = value.contiguous().view(-1).view(torch.uint8)
+        self._header[key] = {
+            "dtype": DTYPES[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [self.num_bytes, self.num_bytes + len(data)],
+        }
+        self._file.write(data.numpy().data)
+        self.num_bytes += len(data)
+        self.keys.append(key)
+
+    def close(self) -> None:
+        header = json.dumps(self._header).encode()
+        assert len(header) <= self._header_bytes
+        with self._file:
+            self._file.seek(0)
+            self._file.write(self._header_bytes.to_bytes(8, "little") + header.ljust(self._header_bytes))
+
+
+def _write_shards(tensors: Iterator[tuple[str, Tensor]], out: Path, num_tensors: int) -> int:
     """Write shards of about SHARD_BYTES, and their index if there are several; returns their number."""
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    num_bytes = total_bytes = 0
-
-    def flush() -> None:
-        nonlocal pending, num_bytes
-        save_file(pending, out / f"shard{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending, num_bytes = {}, 0
-
+    shards: list[_Shard] = []
     for key, value in tensors:
-        pending[key] = value
-        num_bytes += value.nbytes
-        total_bytes += value.nbytes
-        if num_bytes >= SHARD_BYTES:
-            flush()
-    if pending:
-        flush()
+        if not shards or shards[-1].num_bytes >= SHARD_BYTES:
+            shards.append(_Shard(out / f"shard{len(shards)}", num_tensors))
+        shards[-1].add(key, value)
+        if shards[-1].num_bytes >= SHARD_BYTES:
+            shards[-1].close()
+    if shards[-1].num_bytes < SHARD_BYTES:
+        shards[-1].close()
     if len(shards) == 1:
         (out / "shard0").rename(out / "model.safetensors")
         return 1
     weight_map: dict[str, str] = {}
-    for i, keys in enumerate(shards):
+    for i, shard in enumerate(shards):
         file_name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         (out / f"shard{i}").rename(out / file_name)
-        weight_map |= dict.fromkeys(keys, file_name)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        weight_map |= dict.fromkeys(shard.keys, file_name)
+    index = {"metadata": {"total_size": sum(shard.num_bytes for shard in shards)}, "weight_map": weight_map}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     return len(shards)
