@@ -33,6 +33,7 @@ from tests.tiny_folder import write_tiny_folder
 CPU = torch.device("cpu")
 KINDS = [Quantization("nf4"), Quantization("nf4", double_quant=True), Quantization("fp4"), Quantization("int8")]
 NUM_TOKENS = 8
+INT8_TOLERANCE = 0.4
 MIXES = {"lora_mix": {"rank4": 0.7, "rank16": 0.6}, "dora_mix": {"dora": 0.5, "rank4": 0.4, "dora16": -0.3}}
 NAMES = ["rank4", "rank16", "patterns", "dora", "dora16", "embedding", "whole", "tokens"]
 
@@ -50,6 +51,18 @@ def in_full_precision(model: Any) -> Any:
         for name, parameter in full.named_parameters():
             parameter.copy_(values[name])
     return full
+
+
+def row_by_row(model: Any) -> None:
+    """bitsandbytes' own int8 layers, each row given to them alone: with others it moves columns that are theirs."""
+    for layer in model.modules():
+        if type(layer).__name__ == "Linear8bitLt":
+            own = layer.forward
+
+            def forward(x: Any, own: Any = own) -> Any:
+                return torch.cat([own(row[None]) for row in x.flatten(0, -2)]).view(*x.shape[:-1], -1)
+
+            layer.forward = forward
 
 
 def without_quantization(config: Any) -> Any:
@@ -126,8 +139,10 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
         slots[mix] = {slot: weight for name, weight in weights.items() for slot in slots[name]}
         deltas = [(weight, peft_adapters.merged_delta(full, models[name])) for name, weight in weights.items()]
         references[mix] = peft_adapters.with_deltas(full, deltas)
-    # int8 layers round their inputs: last bits decide, and differences grow over SmolLM2's 30 layers.
-    yield Case(runner, slots, references, tolerance=(1.5 if is_demo else 0.4) if quantization.kind == "int8" else 2e-3)
+    if quantization.kind == "int8":
+        for model in references.values():
+            row_by_row(model)
+    yield Case(runner, slots, references, tolerance=INT8_TOLERANCE if quantization.kind == "int8" else 2e-3)
     gc.collect()
 
 
@@ -147,6 +162,7 @@ def test_a_mixed_batch_equals_peft_row_by_row(case: Case) -> None:
             logits = case.references[row](input_ids=ids).logits[0, len(prompt) - 1 :].float()
         found = torch.tensor(outcome.logprobs)
         wanted = logits.log_softmax(-1)[range(NUM_TOKENS), outcome.tokens]
+        print(f"{row}: off by {(found - wanted).abs().max():.2g}, {(found - wanted).abs().median():.2g} at the median")
         assert float((found - wanted).abs().max()) <= case.tolerance, row
         best = logits.max(-1).values - logits[range(NUM_TOKENS), outcome.tokens]
         assert float(best.max()) <= case.tolerance, row
