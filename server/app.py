@@ -19,6 +19,7 @@ from server.adapters.loader import AdapterLoader, BankSlots, FoldedAdapter
 from server.adapters.registry import AdapterRegistry
 from server.adapters.service import AdapterService
 from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterStore
+from server.allocator import bound_kernel_cache
 from server.api.access_log import AccessLog
 from server.api.authentication import Authentication
 from server.api.draining import DrainGate
@@ -99,6 +100,7 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
     Raises:
         ServerError: the model, the store or a named adapter cannot be used; says which and why.
     """
+    bound_kernel_cache()
     keys, audit = _access(settings)
     num_threads = settings.threads or torch.get_num_threads()
     path, model_id = _model_path(settings, report)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from server.allocator import trim
 from server.engine.adjust import needs_adjusting
 from server.engine.batch import RouteMemo, build_batch
 from server.engine.blocks import BlockPool
@@ -214,14 +215,16 @@ class EngineLoop:
             torch.set_num_threads(self._num_threads)
             torch.get_num_threads()  # settles it for this thread, before another thread sets its own number
         self._has_started.set()
+        num_steps_at_trim = 0
         try:
             while not self._is_closing:
                 self._awake.clear()
                 self._take_inbox()
                 is_idle = not self._step()
                 self._on_step()
-                if is_idle:
-                    self._awake.wait(IDLE_WAIT_S)
+                if is_idle and not self._awake.wait(IDLE_WAIT_S) and self.stats.num_steps > num_steps_at_trim:
+                    num_steps_at_trim = self.stats.num_steps
+                    trim()
         except BaseException:
             logger.exception("the engine thread died")
             raise

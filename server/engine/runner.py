@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_core import DeviceModelSlots, LoraLinear, ModelSlots, Router, attach_slots, wrap_linears
 from lora_core.ops.tuning import tune_adapters, tuner_for
+from server.allocator import keep_freed
 from server.engine.attention import NO_CONFIGS, DecodeCopies, PagedAttention, tune_attention, use_step
 from server.engine.batch import Batch, with_tokens
 from server.engine.device_step import DeviceStep, what_kernels_lack
@@ -205,5 +206,6 @@ def load_runner(
 ) -> ModelRunner:
     """Load a local model folder and make it ready; errors as in `ModelRunner` and `load_model`."""
     quantization = quantization or Quantization()
-    model = load_model(path, dtype=dtype, device=device, quantization=quantization)
-    return ModelRunner(model, config, as_int4=quantization.kind == "int4")
+    with keep_freed():
+        model = load_model(path, dtype=dtype, device=device, quantization=quantization)
+        return ModelRunner(model, config, as_int4=quantization.kind == "int4")

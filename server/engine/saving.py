@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from server.allocator import return_freed
 from server.engine.model import read_model
 from server.engine.quantization import Quantization
 from server.errors import ConflictError
@@ -28,6 +29,7 @@ def save_quantized(
     """
     if out.exists():
         raise ConflictError(f"{out} exists already")
+    return_freed()
     model: Any = read_model(source, dtype=dtype, device=device, quantization=quantization)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

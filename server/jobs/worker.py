@@ -7,6 +7,7 @@ import threading
 from typing import Any, BinaryIO
 
 from lora_core import LoraError
+from server.allocator import return_freed
 from server.errors import ServerError
 
 __all__ = ["main"]
@@ -21,6 +22,7 @@ def main() -> None:
     task = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_die_with_parent, daemon=True).start()
     os.nice(NICENESS)
+    return_freed()
 
     import torch  # noqa: PLC0415 - after the niceness, as it makes threads
 

@@ -29,6 +29,7 @@ EXTERNAL: dict[str, set[str]] = {
     "server.durable": set(),
     "server.engine": {"torch", "transformers"},
     "server.engine.attention.kernels": {"torch", "triton"},
+    "server.allocator": set(),
     "server.engine.blocks": set(),
     "server.engine.fairness": set(),
     "server.engine.ports": set(),

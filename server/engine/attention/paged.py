@@ -4,8 +4,8 @@ The tokens of a step are split into groups that one call can handle: all sequenc
 equally long share a call, with their cache blocks gathered into one padded tensor; a longer chunk has a call of its
 own. Groups, block tables and masks are made once a step and serve every layer.
 
-The G query heads that share a key head are G more queries of it. One query token each is too few rows for PyTorch's
-fused attention, which takes 2.5 times as long as the two batched products it stands for; a chunk has enough.
+The G query heads that share a key head are G more queries of it. With one query token each, PyTorch's fused attention
+takes 2.5 times as long as the two batched products it stands for; with a chunk's, see `tiles.py`.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from server.engine.attention.copies import DecodeCopies, DecodeCopy
 from server.engine.attention.interface import AttentionCall, Rotations
+from server.engine.attention.tiles import Tile, make_tiles, visible
 from server.engine.kv_cache import KVCache, LayerShape
 
 __all__ = ["AttentionGroup", "PagedAttention"]
@@ -40,27 +40,33 @@ class AttentionGroup:
     num_queries: int
     members: tuple[int, ...] | None = None
     _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
+    _tiles: dict[tuple[int | None, int, int], list[Tile]] = field(default_factory=dict)
     _indices: dict[LayerShape, Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None, num_keys: int, num_kv_heads: int, group_size: int, dtype: torch.dtype) -> Tensor:
-        """0 where a query may see the key and -inf elsewhere; kept for the other layers.
-
-        Returns:
-            [N·Hkv, 1, num_keys] for single tokens, else [1, G·Q, num_keys] for all heads of the one sequence.
-        """
+    def mask(self, window: int | None, num_keys: int, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
+        """[N·Hkv, 1, num_keys] which keys single tokens see, 0 or -inf; kept for the other layers."""
         key = (window, num_kv_heads)
         if key not in self._masks:
             device = self.blocks.device
-            keys = torch.arange(num_keys, device=device)
-            lengths = torch.tensor(self.lengths, device=device)
-            queries = lengths[:, None] - self.num_queries + torch.arange(self.num_queries, device=device)
-            hidden = keys > queries[..., None]
-            if window is not None:
-                hidden |= keys <= queries[..., None] - window
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
-            is_single = self.num_queries == 1
-            self._masks[key] = mask.repeat_interleave(num_kv_heads, 0) if is_single else mask.repeat(1, group_size, 1)
+            last = torch.tensor(self.lengths, device=device) - 1
+            mask = visible(last, torch.arange(num_keys, device=device), window, dtype)
+            self._masks[key] = mask.repeat_interleave(num_kv_heads, 0)[:, None]
         return self._masks[key]
+
+    def tiles(self, window: int | None, num_kv_heads: int, query: Tensor) -> list[Tile]:
+        """What a chunk's queries [Q, H, D] see; kept for the other layers."""
+        num_heads = query.shape[1]
+        key = (window, num_kv_heads, num_heads)
+        if key not in self._tiles:
+            self._tiles[key] = make_tiles(
+                self.num_queries,
+                self.lengths[0],
+                window=window,
+                num_heads=num_heads,
+                group_size=num_heads // num_kv_heads,
+                like=query,
+            )
+        return self._tiles[key]
 
     def index(self, cache: KVCache, layer: int) -> Tensor:
         """Where the group's keys and values are; kept for the layers of equal shape."""
@@ -123,22 +129,19 @@ class PagedAttention:
         """query [N·Q, H, D], keys and values if they are known -> [N·Q, H, Dv]."""
         keys, values = found or self._cache.read(call.layer, group.index(self._cache, call.layer))
         num_kv_heads = self._cache.shape(call.layer).num_kv_heads
-        num_queries, dim = group.num_queries, query.shape[-1]
-        group_size = query.shape[1] // num_kv_heads
-        mask = group.mask(call.window, keys.shape[1], num_kv_heads, group_size, query.dtype)
-        if num_queries == 1:
+        dim = query.shape[-1]
+        if group.num_queries == 1:
+            mask = group.mask(call.window, keys.shape[1], num_kv_heads, query.dtype)
             folded = query.reshape(keys.shape[0], -1, dim)  # [N·Hkv, G, D]
             out = _attend_directly(call, folded, keys, values, mask, num_kv_heads)
             return out.view(query.shape[0], query.shape[1], -1)
-        split = query.reshape(num_queries, num_kv_heads, group_size, dim)
-        folded = split.permute(1, 2, 0, 3).reshape(num_kv_heads, -1, dim)  # [Hkv, G·Q, D]
-        if call.softcap is None and call.sinks is None:
-            batch = [tensor.unsqueeze(0) for tensor in (folded, keys, values, mask)]
-            out = F.scaled_dot_product_attention(batch[0], batch[1], batch[2], attn_mask=batch[3], scale=call.scaling)
-        else:
-            out = _attend_directly(call, folded, keys, values, mask, num_kv_heads)
-        out = out.view(num_kv_heads, group_size, num_queries, -1)
-        return out.permute(2, 0, 1, 3).reshape(num_queries, query.shape[1], -1)
+        split = query.reshape(group.num_queries, num_kv_heads, -1, dim)
+        outputs = []
+        for tile in group.tiles(call.window, num_kv_heads, query):
+            folded = split[tile.rows].permute(1, 2, 0, 3).reshape(num_kv_heads, -1, dim)  # [Hkv, G·q, D]
+            out = _attend_directly(call, folded, keys[:, tile.keys], values[:, tile.keys], tile.mask, num_kv_heads)
+            outputs.append(out.view(num_kv_heads, split.shape[2], -1, out.shape[-1]).permute(2, 0, 1, 3))
+        return torch.cat(outputs).view(group.num_queries, query.shape[1], -1)
 
 
 def _attend_directly(
@@ -149,7 +152,7 @@ def _attend_directly(
     Args:
         query: [N·Hkv, G·Q, D], the queries of one head side by side.
         keys, values: [N·Hkv, L, D or Dv].
-        mask: [N·Hkv, 1, L] or [1, G·Q, L].
+        mask: [N·Hkv, 1, L] or [1, G·Q, L], of 0 and -inf.
     """
     if call.softcap is None and call.sinks is None:
         scores = torch.baddbmm(mask, query, keys.transpose(1, 2), alpha=call.scaling)
