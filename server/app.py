@@ -19,7 +19,7 @@ from server.adapters.loader import AdapterLoader, BankSlots, FoldedAdapter
 from server.adapters.registry import AdapterRegistry
 from server.adapters.service import AdapterService
 from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterStore
-from server.allocator import bound_kernel_cache
+from server.allocator import bound_kernel_cache, trim
 from server.api.access_log import AccessLog
 from server.api.authentication import Authentication
 from server.api.draining import DrainGate
@@ -146,7 +146,10 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
     )
 
     def read(digest: str) -> FoldedAdapter:
-        return loader.fold(*store.read(digest))
+        try:
+            return loader.fold(*store.read(digest))
+        finally:
+            trim()  # files in float32 are four times what stays of them, on the heap of a thread that rarely comes back
 
     max_slot_bytes, max_host_bytes = _adapter_memory(settings, device)
     report(f"adapters: {max_slot_bytes >> 20} MiB in slots, {max_host_bytes >> 20} MiB in host memory")
@@ -163,6 +166,7 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
     intake = AdapterIntake(loader, ConversionProcess(path), limits)
     adapters = AdapterService(store, registry, intake, base_names=base_names, max_rank=settings.max_rank)
     _import_adapters(settings, store, adapters, report)
+    trim()
     imports = ImportRoot(settings.import_root)
     jobs = _jobs(settings, path, store, adapters, imports, _served_weights(runner))
     return Server(

@@ -43,12 +43,14 @@ class AttentionGroup:
     _tiles: dict[tuple[int | None, int, int], list[Tile]] = field(default_factory=dict)
     _indices: dict[LayerShape, Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None, num_keys: int, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
-        """[N·Hkv, 1, num_keys] which keys single tokens see, 0 or -inf; kept for the other layers."""
+    def mask(
+        self, lengths: Sequence[int], window: int | None, num_keys: int, num_kv_heads: int, dtype: torch.dtype
+    ) -> Tensor:
+        """[N·Hkv, 1, num_keys] which keys the last tokens of sequences see, 0 or -inf; kept for the other layers."""
         key = (window, num_kv_heads)
         if key not in self._masks:
             device = self.blocks.device
-            last = torch.tensor(self.lengths, device=device) - 1
+            last = torch.tensor(lengths, device=device) - 1
             mask = visible(last, torch.arange(num_keys, device=device), window, dtype)
             self._masks[key] = mask.repeat_interleave(num_kv_heads, 0)[:, None]
         return self._masks[key]
@@ -115,26 +117,48 @@ class PagedAttention:
         outputs = []
         for group, copy in zip(self._groups, self._copies, strict=True):
             rows = slice(group.start, group.stop)
-            found = None if copy is None else copy.update(call.layer, key_value[rows])
-            outputs.append(self._attend_group(call, group, query[rows], found))
+            if copy is None:
+                outputs.append(self._attend_group(call, group, query[rows]))
+            else:
+                outputs.append(self._attend_copy(call, group, query[rows], key_value[rows], copy))
         return self._join(outputs)
 
     @staticmethod
     def _join(outputs: list[Tensor]) -> Tensor:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _attend_group(
-        self, call: AttentionCall, group: AttentionGroup, query: Tensor, found: tuple[Tensor, Tensor] | None = None
+    def _attend_copy(
+        self, call: AttentionCall, group: AttentionGroup, query: Tensor, key_value: Tensor, copy: DecodeCopy
     ) -> Tensor:
-        """query [N·Q, H, D], keys and values if they are known -> [N·Q, H, Dv]."""
-        keys, values = found or self._cache.read(call.layer, group.index(self._cache, call.layer))
-        num_kv_heads = self._cache.shape(call.layer).num_kv_heads
-        dim = query.shape[-1]
+        """query [N, H, D], new keys and values [N, 2·Hkv, D] -> [N, H, Dv]."""
+        keys, values = copy.update(call.layer, key_value)
+        if copy.order is not None:
+            query = query.index_select(0, copy.order)
+        out = self._attend_singles(call, group, query, keys, values, copy.lengths)
+        return out if copy.places is None else out.index_select(0, copy.places)
+
+    def _attend_singles(
+        self,
+        call: AttentionCall,
+        group: AttentionGroup,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Sequence[int],
+    ) -> Tensor:
+        """query [N, H, D], keys and values [N·Hkv, L, D or Dv] -> [N, H, Dv]."""
+        num_kv_heads = keys.shape[0] // query.shape[0]
+        mask = group.mask(lengths, call.window, keys.shape[1], num_kv_heads, query.dtype)
+        folded = query.reshape(keys.shape[0], -1, query.shape[-1])  # [N·Hkv, G, D]
+        out = _attend_directly(call, folded, keys, values, mask, num_kv_heads)
+        return out.view(query.shape[0], query.shape[1], -1)
+
+    def _attend_group(self, call: AttentionCall, group: AttentionGroup, query: Tensor) -> Tensor:
+        """query [N·Q, H, D] -> [N·Q, H, Dv]."""
+        keys, values = self._cache.read(call.layer, group.index(self._cache, call.layer))
         if group.num_queries == 1:
-            mask = group.mask(call.window, keys.shape[1], num_kv_heads, query.dtype)
-            folded = query.reshape(keys.shape[0], -1, dim)  # [N·Hkv, G, D]
-            out = _attend_directly(call, folded, keys, values, mask, num_kv_heads)
-            return out.view(query.shape[0], query.shape[1], -1)
+            return self._attend_singles(call, group, query, keys, values, group.lengths)
+        num_kv_heads, dim = self._cache.shape(call.layer).num_kv_heads, query.shape[-1]
         split = query.reshape(group.num_queries, num_kv_heads, -1, dim)
         outputs = []
         for tile in group.tiles(call.window, num_kv_heads, query):
