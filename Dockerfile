@@ -1,5 +1,6 @@
-# Two images of one recipe: `docker build --target cpu .` and `docker build --target cuda .` (PyTorch brings CUDA itself).
-# What is built with is left behind: the last stages hold Python, a virtual environment and nothing that compiles.
+# Images of one recipe: `docker build --target cpu .` and `docker build --target cuda .` (PyTorch brings CUDA itself).
+# What is built with is left behind: the last stages hold Python, a virtual environment and nothing that compiles. Only
+# `cuda-kernels` has a compiler, which Triton needs.
 
 FROM python:3.11-slim-bookworm AS build
 WORKDIR /src
@@ -52,6 +53,17 @@ CMD ["serve"]
 FROM runtime AS cuda
 COPY --from=build-cuda /opt/loramux /opt/loramux
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 10001:10001
+
+# `--target cuda-kernels`: Triton compiles what launches its kernels when they first run, against the driver that is there
+# then, which no build without a GPU has. Without a compiler PyTorch's own operators serve.
+FROM cuda AS cuda-kernels
+USER 0
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends gcc libc6-dev \
+ && rm -rf /var/lib/apt/lists/*
+ENV TRITON_CACHE_DIR=/cache/triton
 USER 10001:10001
 
 FROM runtime AS cpu

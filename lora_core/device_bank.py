@@ -81,6 +81,11 @@ class DeviceModelSlots(ModelSlots):
             else:
                 self._highest_ranks.pop(slot, None)
 
+    @property
+    def table(self) -> AdapterTable:
+        """Where the kernels find adapters, and their launch parameters."""
+        return self._table
+
     def can_plan(self, slots: Iterable[Key], max_rank: int) -> bool:
         """Whether adapters can follow a `PlannedRoute`: they touch linear layers only, with ranks up to `max_rank`."""
         return all(self._highest_ranks.get(slot, max_rank + 1) <= max_rank for slot in slots)

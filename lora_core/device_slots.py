@@ -9,9 +9,9 @@ Kernels look up addresses in the table, which never moves: adapters come, go and
 being moved, and a captured graph need not know. Adapters take the bytes that they need, and no more.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,9 +32,11 @@ class AdapterTable:
 
     Attributes:
         rows: [L, S, FIELDS] int64.
+        configs: launch parameters that were measured for the kernels (`lora_core.ops.tuning`).
     """
 
     def __init__(self, num_layers: int, max_slots: int, device: torch.device) -> None:
+        self.configs: dict[Hashable, Any] = {}
         self.rows = torch.zeros(num_layers, max_slots, FIELDS, dtype=torch.int64, device=device)
 
     def write(self, slot: int, folded: Mapping[int, Folded], copies: Copies) -> None:

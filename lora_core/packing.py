@@ -51,10 +51,10 @@ class PackedWeight:
         out: Tensor = self._linear(x, self._weight, bias, "none", [], "")
         return out
 
-    def unpack(self) -> Tensor:
-        """The weight [O, I], bit for bit: a copy if it is packed, its own storage otherwise."""
+    def unpack(self, rows: slice = slice(None)) -> Tensor:
+        """The weight's rows [rows, I], bit for bit: a copy if it is packed, its own storage otherwise."""
         torch.get_num_threads()  # oneDNN would ask OpenMP; a thread's first PyTorch operator sets the number there
-        return self._weight.to_dense() if self.is_packed else self._weight
+        return (self._weight.to_dense() if self.is_packed else self._weight)[rows]
 
 
 class Int4Weight:
@@ -83,9 +83,9 @@ class Int4Weight:
         out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self._int4, INT4_GROUP, self._scales)
         return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], -1)
 
-    def unpack(self) -> Tensor:
-        """The rounded weight [O, I]."""
-        return self._many.unpack()
+    def unpack(self, rows: slice = slice(None)) -> Tensor:
+        """The rounded weight's rows [rows, I]."""
+        return self._many.unpack(rows)
 
 
 def has_int4() -> bool:

@@ -1,9 +1,9 @@
 """Base weights that are not held in floating point: reading, writing back, training beside them.
 
-The only module that knows bitsandbytes, and it imports it only when it meets such a weight. Formats: LLM.int8()
-(Dettmers et al. 2022), NF4 and FP4 (QLoRA, Dettmers et al. 2023). torchao's tensors tell their numbers themselves.
-Layers of other packages (GPTQ, AWQ, compressed-tensors) compute, and keep their numbers to themselves: adapters that
-need none of them work.
+Formats: LLM.int8() (Dettmers et al. 2022), NF4 and FP4 (QLoRA, Dettmers et al. 2023). bitsandbytes is known here and in
+`quant_product` only, and imported where such a weight is met. torchao's tensors tell their numbers themselves. Layers
+of other packages (GPTQ, AWQ, compressed-tensors) compute, and keep their numbers to themselves: adapters that need none
+of them work.
 
 A trap on CPUs with AVX512-BF16: the first forward in evaluation mode repacks a 4-bit weight in place, rounding its
 scales to bfloat16, after which bitsandbytes' own dequantization returns noise. `keep_layout` prevents it for layers
@@ -22,16 +22,19 @@ from torch import Tensor, nn
 from lora_core.errors import ConfigError, TargetError, UnsupportedError
 
 __all__ = [
+    "dequantized_4bit",
     "dequantized_weight",
     "is_opaque_linear",
     "is_quantized",
     "keep_layout",
+    "num_bits",
     "prepare_model_for_kbit_training",
     "quantized_like",
     "quantized_linear",
     "quiet_bitsandbytes",
     "replace_weight",
     "round_trip",
+    "scales_of",
     "settle_layout",
 ]
 
@@ -46,7 +49,7 @@ REPACKED_ROWS = 32  # whose nibbles the CPU's kernel takes together
 def is_quantized(module: nn.Module) -> bool:
     """True for a layer whose weight is not held in floating point (not for one that waits to be quantized)."""
     weight = getattr(module, "weight", None)
-    return _num_bits(weight) is not None or _is_torchao(weight) or is_opaque_linear(module)
+    return num_bits(weight) is not None or _is_torchao(weight) or is_opaque_linear(module)
 
 
 def is_opaque_linear(module: nn.Module) -> bool:
@@ -62,7 +65,7 @@ def dequantized_weight(module: nn.Module) -> Tensor:
         UnsupportedError: the layer is not one that `is_quantized` knows.
     """
     weight: Any = getattr(module, "weight", None)
-    bits = _num_bits(weight)
+    bits = num_bits(weight)
     if _is_torchao(weight):
         return cast(Tensor, weight.dequantize()).float()
     if bits is None:
@@ -72,11 +75,23 @@ def dequantized_weight(module: nn.Module) -> Tensor:
     from bitsandbytes import functional as bnb  # noqa: PLC0415 - optional
 
     if bits == 8:
-        scales = weight.SCB if weight.SCB is not None else cast(Any, module).state.SCB
-        return bnb.int8_vectorwise_dequant(weight.data, scales.to(weight.device)).float()
-    if getattr(weight.quant_state, "packing_format_for_cpu", False):
-        return _dequantize_repacked(weight)
-    return bnb.dequantize_4bit(weight.data, weight.quant_state).float()
+        return bnb.int8_vectorwise_dequant(weight.data, scales_of(module).to(weight.device)).float()
+    return dequantized_4bit(weight.data, weight.quant_state)
+
+
+def dequantized_4bit(values: Tensor, state: Any) -> Tensor:
+    """Packed `values` and bitsandbytes' `QuantState` of them -> [O, I] in float32."""
+    from bitsandbytes import functional as bnb  # noqa: PLC0415 - optional
+
+    if getattr(state, "packing_format_for_cpu", False):
+        return _dequantize_repacked(values, state)
+    return bnb.dequantize_4bit(values, state).float()
+
+
+def scales_of(module: nn.Module) -> Tensor:
+    """The scale of each row [O] of an 8-bit weight, wherever bitsandbytes has it: the first forward moves them."""
+    layer = cast(Any, module)
+    return cast(Tensor, layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB)
 
 
 def quantized_like(module: nn.Module, weight: Tensor) -> nn.Parameter:
@@ -89,7 +104,7 @@ def quantized_like(module: nn.Module, weight: Tensor) -> nn.Parameter:
         TargetError: the shape is not the layer's.
     """
     own: Any = getattr(module, "weight", None)
-    bits = _num_bits(own)
+    bits = num_bits(own)
     if bits is None:
         raise UnsupportedError(
             f"the weight of a {type(module).__name__} is not one of bitsandbytes', and others' cannot be written back: "
@@ -186,7 +201,7 @@ def replace_weight(module: nn.Module, parameter: nn.Parameter) -> nn.Parameter:
     """
     layer, new = cast(Any, module), cast(Any, parameter)
     former = layer.weight
-    if _num_bits(former) == 8:
+    if num_bits(former) == 8:
         # The first forward moves the scales into `state`: give them back, so that the parameter is whole again.
         if former.SCB is None:
             former.SCB = layer.state.SCB
@@ -218,7 +233,7 @@ def settle_layout(module: nn.Module, dtype: torch.dtype) -> bool:
     """
     keep_layout(module)
     weight: Any = getattr(module, "weight", None)
-    if _num_bits(weight) != 4 or weight.device.type != "cpu" or dtype != torch.bfloat16:
+    if num_bits(weight) != 4 or weight.device.type != "cpu" or dtype != torch.bfloat16:
         return False
     from bitsandbytes import functional as bnb  # noqa: PLC0415 - optional
 
@@ -259,7 +274,7 @@ def prepare_model_for_kbit_training(
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-        if parameter.dtype in HALF and _num_bits(parameter) is None:
+        if parameter.dtype in HALF and num_bits(parameter) is None:
             parameter.data = parameter.data.to(torch.float32)
     if not use_gradient_checkpointing or not any(is_quantized(module) for module in model.modules()):
         return model
@@ -275,8 +290,8 @@ def prepare_model_for_kbit_training(
     return model
 
 
-def _num_bits(weight: Any) -> int | None:
-    """Told by the names of bitsandbytes' classes, so that nothing is imported where they do not occur."""
+def num_bits(weight: Any) -> int | None:
+    """4 or 8 for a weight of bitsandbytes', by the names of its classes: nothing is imported where none occurs."""
     names = {kind.__name__ for kind in type(weight).__mro__ if kind.__module__.startswith("bitsandbytes.")}
     if "Params4bit" in names and weight.quant_state is not None:
         return 4
@@ -291,7 +306,7 @@ def _is_torchao(weight: Any) -> bool:
     )
 
 
-def _dequantize_repacked(weight: Any) -> Tensor:
+def _dequantize_repacked(values: Tensor, state: Any) -> Tensor:
     """From the CPU kernel's layout: scales [I / block, O] in bfloat16, nibbles in groups of 32 rows.
 
     A group's byte j of columns 2k and 2k + 1 holds column 2k + (j mod 2) of row j / 2 in its low half, and of row
@@ -299,10 +314,10 @@ def _dequantize_repacked(weight: Any) -> Tensor:
     """
     from bitsandbytes import functional as bnb  # noqa: PLC0415 - optional
 
-    state = copy.copy(weight.quant_state)
+    state = copy.copy(state)
     out_features, in_features = state.shape
     num_groups = out_features // REPACKED_ROWS
-    pairs = weight.data.view(num_groups, in_features // 2, REPACKED_ROWS // 2, 2)
+    pairs = values.view(num_groups, in_features // 2, REPACKED_ROWS // 2, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     low, high = (even << 4) | (odd & 15), (even & 240) | (odd >> 4)
     packed = torch.cat([low, high], dim=-1).transpose(1, 2).reshape(-1, 1)

@@ -330,8 +330,9 @@ def _blank_copy(name: str, base: nn.Module) -> nn.Module:
     """A module like `base` to be filled; a linear layer whose weight is packed becomes a plain one again."""
     if not isinstance(base, PackedLinear):
         return copy.deepcopy(base)
-    if base.is_transposed:
-        raise UnsupportedError(f"`modules_to_save`: {name!r} is a Conv1D whose weight is packed")
+    if base.is_transposed or base.is_quantized:
+        kind = "quantized" if base.is_quantized else "a Conv1D whose weight is packed"
+        raise UnsupportedError(f"`modules_to_save`: {name!r} is {kind}")
     weight = base.weight
     linear = nn.Linear(base.in_features, base.out_features, base.bias is not None, device=weight.device)
     return linear.to(weight.dtype)

@@ -13,8 +13,8 @@ For inference only; a layer's own weight is then held inside the group, and read
 """
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,20 @@ from lora_core.ops.kernels import KernelGroup
 from lora_core.ops.packed import AdapterPacker, GroupAdapters
 from lora_core.packing import Int4Weight, PackedWeight, can_be_int4
 from lora_core.quant import is_quantized
+from lora_core.quant_product import joined_weight, quantized_form
 from lora_core.slots import LayerSlots, SlotsOfLayer
 
-__all__ = ["PackedLinear", "SharedLinears", "find_shared_inputs", "share_inputs"]
+__all__ = ["JoinedWeight", "PackedLinear", "SharedLinears", "find_shared_inputs", "share_inputs"]
+
+
+class JoinedWeight(Protocol):
+    """The weights W [ΣO, I] of layers with one input."""
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None, /) -> Tensor:
+        """x·Wᵀ + b: x [..., I], bias [ΣO] -> [..., ΣO], new."""
+
+    def unpack(self, rows: slice, /) -> Tensor:
+        """The rows [rows, I] in floating point."""
 
 
 class SharedLinears:
@@ -36,32 +47,25 @@ class SharedLinears:
     Args:
         members: their slots are attached already; each base layer is replaced by a `PackedLinear`.
         packer: one for the whole model.
-        pack: the form that the weights [ΣO, I] get.
+        weight: theirs [ΣO, I], one after the other.
 
     Attributes:
         sizes: output features of each member; their sum is ΣO.
     """
 
-    def __init__(
-        self,
-        members: Sequence[LoraLinear],
-        packer: AdapterPacker,
-        pack: Callable[[Tensor], PackedWeight | Int4Weight] = PackedWeight,
-    ) -> None:
+    def __init__(self, members: Sequence[LoraLinear], packer: AdapterPacker, weight: JoinedWeight) -> None:
         self.members = list(members)
         self.sizes = [member.out_features for member in members]
         self.router = members[0].router
         self.is_head = members[0].is_head
         self.adapters = _group_adapters([member.slots for member in members], packer)
-        base_layers = [member.base_layer for member in members]
-        weights = [linear_weight(layer).detach() for layer in base_layers]
-        self._packed = pack(weights[0] if len(weights) == 1 else torch.cat(weights))
+        self._packed = weight
         biases = [member.bias.detach() for member in members if member.bias is not None]
         self.bias = torch.cat(biases) if biases else None
         self._x: Tensor | None = None
         self._parts: list[Tensor | None] = []
         for index, member in enumerate(self.members):
-            member.base_layer = PackedLinear(self, index, base_layers[index])
+            member.base_layer = PackedLinear(self, index, member.base_layer)
             member.shared = self
 
     def output(self, member: LoraLinear, x: Tensor) -> Tensor:
@@ -98,9 +102,9 @@ class SharedLinears:
         return self._packed(x, self.bias)[..., start : start + self.sizes[index]]
 
     def weight(self, index: int) -> Tensor:
-        """One member's weight [O, I], bit for bit."""
+        """One member's weight [O, I], bit for bit, or in float32 if it is quantized."""
         start = sum(self.sizes[:index])
-        return self._packed.unpack()[start : start + self.sizes[index]]
+        return self._packed.unpack(slice(start, start + self.sizes[index]))
 
 
 def _group_adapters(slots: Sequence[SlotsOfLayer | None], packer: AdapterPacker) -> LayerKernels:
@@ -120,11 +124,12 @@ class PackedLinear(nn.Module):
         self._index = index
         self.out_features, self.in_features = linear_shape(layer)
         self.bias = getattr(layer, "bias", None)
+        self.is_quantized = is_quantized(layer)
         self.is_transposed = is_conv1d(layer)  # as files hold the weight; here it is [O, I]
 
     @property
     def weight(self) -> Tensor:
-        """[O, I], read back from the packed form: a copy, so keep it no longer than needed."""
+        """[O, I], read back from the packed form, or in float32: a copy, so keep it no longer than needed."""
         return self._group[0].weight(self._index)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,17 +180,30 @@ def share_inputs(
     out: list[SharedLinears] = []
     for names in groups:
         members = [layers[name] for name in names]
-        if not all(_can_share(member) for member in members):
+        forms = [_form(member) for member in members]
+        if None in forms:
             continue
-        kinds = {(member.bias is None, member.weight.dtype) for member in members}
-        parts = [members] if len(kinds) == 1 else [[member] for member in members]
-        for part in parts:
-            is_int4 = as_int4 and not any(m.is_head or not can_be_int4(linear_weight(m.base_layer)) for m in part)
-            out.append(SharedLinears(part, packer, Int4Weight if is_int4 else PackedWeight))
+        parts = [members] if len(set(forms)) == 1 else [[member] for member in members]
+        out += [SharedLinears(part, packer, _joined_weight(part, as_int4=as_int4)) for part in parts]
     return out
 
 
-def _can_share(layer: LoraLinear) -> bool:
-    """Only the plain kinds: a subclass of nn.Linear, a quantized one for example, computes in its own way."""
-    is_plain = type(layer.base_layer) is nn.Linear or type(layer.base_layer).__name__ == "Conv1D"
-    return is_plain and not is_quantized(layer.base_layer) and layer.slots is not None
+def _form(member: LoraLinear) -> Hashable | None:
+    """Layers of equal form can be one product; None for a kind of layer that only computes in its own way."""
+    layer = member.base_layer
+    if member.slots is None:
+        return None
+    if is_quantized(layer):
+        form = quantized_form(layer)
+        return None if form is None else (member.bias is None, form)
+    is_plain = type(layer) is nn.Linear or is_conv1d(layer)
+    return (member.bias is None, member.weight.dtype) if is_plain else None
+
+
+def _joined_weight(members: Sequence[LoraLinear], *, as_int4: bool) -> JoinedWeight:
+    layers = [member.base_layer for member in members]
+    if is_quantized(layers[0]):
+        return joined_weight(layers)
+    weights = [linear_weight(layer).detach() for layer in layers]
+    is_int4 = as_int4 and all(can_be_int4(w) and not m.is_head for w, m in zip(weights, members, strict=True))
+    return (Int4Weight if is_int4 else PackedWeight)(weights[0] if len(weights) == 1 else torch.cat(weights))

@@ -33,7 +33,7 @@ from server.auth.key_file import KeyFile
 from server.auth.limits import Limiter
 from server.delivery import Delivery
 from server.demo import demo_adapters
-from server.demo.model import ensure_demo_model
+from server.demo.model import default_cache_dir, ensure_demo_model
 from server.drain import Drain
 from server.engine import EngineConfig, EngineLoop, Fairness, ModelRunner, Quantization, load_runner
 from server.engine.device_step import what_kernels_lack
@@ -118,6 +118,7 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
         kv_bytes=settings.kv_memory,
         use_kernels=_use_kernels(settings, device, report),
         use_cuda_graphs=settings.cuda_graphs,
+        tuning_folder=default_cache_dir() / "kernels" if settings.tune_kernels and device.type == "cuda" else None,
         max_model_len=settings.max_model_len,
     )
     runner = load_runner(path, config, dtype=dtype, device=device, quantization=quantization)

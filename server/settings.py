@@ -21,6 +21,7 @@ class Settings(BaseModel):
         drain_timeout_s: how long running requests may take once the server is told to stop.
         kv_memory: None for 1 GiB, on CUDA for most of what is free once the model is loaded.
         kernels: `auto` is `triton` on CUDA, and `torch` on a CPU.
+        tune_kernels: measure Triton kernels' launch parameters at the first start, and keep them in the cache folder.
         quantization: "none" leaves the model as its files hold it, which may be quantized.
         double_quant: with 4 bits, the scales are quantized as well.
         slot_memory, host_memory: None for a quarter of what is free once the model is loaded.
@@ -58,6 +59,7 @@ class Settings(BaseModel):
     prefix_cache: bool = True
     kernels: Literal["auto", "triton", "torch"] = "auto"
     cuda_graphs: bool = True
+    tune_kernels: bool = False
     max_slots: int = Field(32, ge=1, le=1024)
     max_rank: int = Field(256, ge=1)
     max_model_len: int | None = Field(None, ge=2)

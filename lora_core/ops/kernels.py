@@ -43,10 +43,10 @@ class KernelGroup:
             layers,
             on_device_starts,
             on_device_sizes,
-            len(slots),
+            tuple(sizes),
             features,
-            max(sizes),
             all(number % 16 == 0 for number in (features, *sizes)),
+            table.configs,
         )
 
     def apply(self, y: Tensor, x: Tensor, route: Route, base_bias: Tensor | None) -> None:

@@ -17,13 +17,16 @@ import torch
 
 from lora_core.routing import Route, Run
 
-__all__ = ["PlannedRoute", "RoutePlan", "Tile", "tiles_of"]
+__all__ = ["NUM_ENTRIES", "RANKS", "PlannedRoute", "RoutePlan", "Tile", "bucket_of", "tiles_of"]
 
 # Tokens of a tile. Tensor cores take 16 rows at least, which is plenty for decoding; prompts have longer stretches.
 SMALL_TILE = 16
 LARGE_TILE = 64
 # From so many tokens on, tiles are large.
 MANY_TOKENS = 512
+# Ranks, and numbers of entries by size of tile, for which launch parameters are measured (`lora_core.ops.tuning`).
+RANKS = (16, 64, 128)
+NUM_ENTRIES = {SMALL_TILE: (1, 8, 32), LARGE_TILE: (8, 64)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,13 @@ def tiles_of(route: Route, num_tokens: int, tile_tokens: int, max_slots: int) ->
         for slots, (tokens, columns) in sorted(groups.items())
         for i in range(0, len(tokens), tile_tokens)
     ]
+
+
+def bucket_of(num_entries: int, tile_tokens: int, rank: int) -> tuple[int, int, int]:
+    """What is measured in place of a plan: (entries, tokens of a tile, highest rank), the next ones or the last."""
+    numbers = NUM_ENTRIES[tile_tokens]
+    entries = next((number for number in numbers if number >= num_entries), numbers[-1])
+    return entries, tile_tokens, next((each for each in RANKS if each >= rank), RANKS[-1])
 
 
 class RoutePlan:

@@ -12,7 +12,9 @@ Triton comes with PyTorch for CUDA; this module is imported only where kernels a
 """
 
 import os
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -20,9 +22,18 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.device_slots import FIELDS
-from lora_core.ops.plan import LARGE_TILE, RoutePlan
+from lora_core.ops.plan import LARGE_TILE, RoutePlan, bucket_of
 
-__all__ = ["ExpandConfig", "LayerTable", "ShrinkConfig", "apply_plan", "is_interpreted"]
+__all__ = [
+    "ExpandConfig",
+    "LaunchConfigs",
+    "LayerTable",
+    "ShrinkConfig",
+    "apply_plan",
+    "expand",
+    "is_interpreted",
+    "shrink",
+]
 
 # Input features that one program of a split sums over, in decoding.
 SPLIT_FEATURES = 512
@@ -37,18 +48,34 @@ class LayerTable:
         rows: [L, S, FIELDS] int64, `AdapterTable.rows`.
         layers: [m] int32, the members' numbers in the table.
         starts, sizes: [m] int32, their columns in y.
-        num_members, in_features, max_size: m, I, and the largest of the sizes.
+        out_features: the sizes on the host.
+        in_features: I.
         is_aligned: all sizes and I are multiples of 16.
+        configs: measured launch parameters (`AdapterTable.configs`).
     """
 
     rows: Tensor
     layers: Tensor
     starts: Tensor
     sizes: Tensor
-    num_members: int
+    out_features: tuple[int, ...]
     in_features: int
-    max_size: int
     is_aligned: bool
+    configs: Mapping[Hashable, Any]
+
+    @property
+    def num_members(self) -> int:
+        return len(self.out_features)
+
+    @property
+    def max_size(self) -> int:
+        return max(self.out_features)
+
+    def launch_configs(self, plan: RoutePlan, rank: int, itemsize: int) -> "LaunchConfigs":
+        """The measured parameters of the next such plan, or the default."""
+        bucket = bucket_of(plan.num_entries, plan.tile_tokens, rank)
+        found: LaunchConfigs | None = self.configs.get((self.in_features, self.out_features, *bucket))
+        return found or LaunchConfigs.default(plan, self, rank, itemsize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +114,21 @@ class ExpandConfig:
         return cls(_rank_block(rank), block_o, 4, 3 if itemsize < 4 else 2)
 
 
+@dataclass(frozen=True, slots=True)
+class LaunchConfigs:
+    """Of both kernels: they share the number of splits."""
+
+    shrink: ShrinkConfig
+    expand: ExpandConfig
+
+    @classmethod
+    def default(cls, plan: RoutePlan, layers: LayerTable, rank: int, itemsize: int) -> "LaunchConfigs":
+        return cls(
+            ShrinkConfig.default(plan, layers.in_features, rank, itemsize),
+            ExpandConfig.default(layers.max_size, rank, itemsize),
+        )
+
+
 def _rank_block(rank: int) -> int:
     return min(64, max(16, triton.next_power_of_2(rank)))
 
@@ -109,12 +151,12 @@ def apply_plan(y: Tensor, x: Tensor, layers: LayerTable, plan: RoutePlan, base_b
         return
     assert y.stride(-1) == 1
     rank = -(-rank // 16) * 16
-    config = ShrinkConfig.default(plan, layers.in_features, rank, x.element_size())
-    h = _shrunk(x if x.stride(-1) == 1 else x.contiguous(), layers, plan, rank, config)
-    _launch_expand(y, h, layers, plan, base_bias)
+    configs = layers.launch_configs(plan, rank, x.element_size())
+    h = shrink(x if x.stride(-1) == 1 else x.contiguous(), layers, plan, rank, configs.shrink)
+    expand(y, h, layers, plan, base_bias, configs.expand)
 
 
-def _shrunk(x: Tensor, layers: LayerTable, plan: RoutePlan, rank: int, config: ShrinkConfig) -> Tensor:
+def shrink(x: Tensor, layers: LayerTable, plan: RoutePlan, rank: int, config: ShrinkConfig) -> Tensor:
     """h [splits, m, E·M, rank] in float32; only the columns below an entry's rank are written."""
     shape = (config.split_k, layers.num_members, plan.num_entries * plan.tile_tokens, rank)
     h = torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -145,9 +187,10 @@ def _shrunk(x: Tensor, layers: LayerTable, plan: RoutePlan, rank: int, config: S
     return h
 
 
-def _launch_expand(y: Tensor, h: Tensor, layers: LayerTable, plan: RoutePlan, base_bias: Tensor | None) -> None:
+def expand(
+    y: Tensor, h: Tensor, layers: LayerTable, plan: RoutePlan, base_bias: Tensor | None, config: ExpandConfig
+) -> None:
     """y [T, ΣO] += the rest of the formula."""
-    config = ExpandConfig.default(layers.max_size, h.shape[-1], y.element_size())
     _expand[(plan.num_tiles, triton.cdiv(layers.max_size, config.block_o), layers.num_members)](
         y,
         h,

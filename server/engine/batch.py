@@ -10,12 +10,15 @@ from lora_core import Route, Run
 from server.engine.attention import AttentionGroup, Span
 from server.engine.blocks import NULL_BLOCK
 from server.engine.request import GenerationRequest
+from server.engine.sampling import prompt_logprobs
 from server.engine.scheduler import Chunk, Step
 
-__all__ = ["Batch", "PromptRows", "RouteMemo", "build_batch"]
+__all__ = ["Batch", "PromptRows", "RouteMemo", "build_batch", "with_tokens"]
 
 # Padded tokens that cost about as much as one more attention call per layer.
 MAX_PADDED_TOKENS = 1_024
+# Rows of logits that are turned into float32 at once for a prompt's log-probabilities.
+MAX_LOGPROB_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +30,23 @@ class PromptRows:
     start: int
     stop: int
 
+    def note(self, logits: Tensor) -> None:
+        """Keep the log-probabilities; those that are known from before a preemption are left alone."""
+        request = self.request
+        known = max(len(request.prompt_logprobs) - self.position, 0)
+        for start in range(self.start + known, self.stop, MAX_LOGPROB_ROWS):
+            stop = min(start + MAX_LOGPROB_ROWS, self.stop)
+            position = self.position + start - self.start
+            token_ids = request.prompt_ids[position + 1 : position + 1 + stop - start]
+            request.prompt_logprobs += prompt_logprobs(logits[start:stop], token_ids, request.sampling.num_top_logprobs)
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """T packed tokens.
 
     Attributes:
-        input_ids, position_ids: [1, T].
+        input_ids, position_ids: [1, T]; `-1 - i` stands for token i of the step before, see `with_tokens`.
         cache_positions: [T], block · block_size + offset.
         groups: attention groups that cover the tokens; none where kernels attend.
         spans: the tokens of each sequence, in order; single tokens come first.
@@ -131,6 +144,11 @@ def build_batch(
         prompt_rows=prompt_rows,
         new_blocks=step.new_blocks,
     )
+
+
+def with_tokens(ids: Tensor, last: Tensor | None) -> Tensor:
+    """Token ids [T] with each `-1 - i` replaced by `last[i]`, on the device; `last` [N] is None if there is none."""
+    return ids if last is None else torch.where(ids < 0, last[(-1 - ids).clamp_(min=0)], ids)
 
 
 def _num_prompt_rows(chunk: Chunk) -> int:

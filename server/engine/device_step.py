@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Hashable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_core import Route, Router
-from server.engine.attention import AttentionPlan, DeviceAttention, use_step
-from server.engine.batch import Batch
+from server.engine.attention import NO_CONFIGS, AttentionPlan, DeviceAttention, use_step
+from server.engine.batch import Batch, with_tokens
 from server.engine.kv_cache import KVCache
+from server.engine.transfers import upload
 
 __all__ = ["DeviceStep", "what_kernels_lack"]
 
@@ -25,20 +27,29 @@ def what_kernels_lack() -> str | None:
 
 
 class DeviceStep:
-    """Runs a model whose attention and adapters are kernels'."""
+    """Runs a model whose attention and adapters are kernels'.
 
-    def __init__(self, model: nn.Module, router: Router, cache: KVCache) -> None:
+    Args:
+        configs: as for `DeviceAttention`.
+    """
+
+    def __init__(
+        self, model: nn.Module, router: Router, cache: KVCache, configs: Mapping[Hashable, Any] = NO_CONFIGS
+    ) -> None:
+        self._configs = configs
         self._model = model
         self._router = router
         self.cache = cache
 
-    def run(self, batch: Batch) -> Tensor:
-        """Logits [N, V] of the batch's last rows."""
+    def run(self, batch: Batch, last: Tensor | None = None) -> Tensor:
+        """Logits [N, V] of the batch's last rows; `last` as for `with_tokens`."""
         device = self.cache.device
         inputs = torch.stack([batch.input_ids[0], batch.position_ids[0], batch.cache_positions])
-        on_device = (inputs.pin_memory() if device.type == "cuda" else inputs).to(device, non_blocking=True)
+        on_device = upload(inputs, device)
+        on_device[0] = with_tokens(on_device[0], last)
         plan = AttentionPlan.of(batch.spans, self.cache.shape(0).num_kv_heads, self.cache.block_size, device)
-        return self.compute(on_device, plan, batch.route, batch.head_route, batch.last_rows.to(device))
+        last_rows = upload(batch.last_rows, device)
+        return self.compute(on_device, plan, batch.route, batch.head_route, last_rows)
 
     def compute(
         self, inputs: Tensor, plan: AttentionPlan, route: Route, head_route: Route, last_rows: Tensor
@@ -49,7 +60,7 @@ class DeviceStep:
             inputs: [3, T] int64: tokens, positions, and places in the cache, -1 for a token of nobody's.
             last_rows: [N] tokens whose logits are wanted.
         """
-        attention: Any = DeviceAttention(self.cache, inputs[2], plan)
+        attention: Any = DeviceAttention(self.cache, inputs[2], plan, self._configs)
         with torch.inference_mode(), self._router.use(route, head_route):
             output = self._model(
                 input_ids=inputs[:1],

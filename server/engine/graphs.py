@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_core import DeviceModelSlots, Route
 from lora_core.ops.plan import SMALL_TILE, PlannedRoute, RoutePlan, Tile, tiles_of
 from server.engine.attention import AttentionPlan
-from server.engine.batch import Batch
+from server.engine.batch import Batch, with_tokens
 from server.engine.device_step import DeviceStep
 
 __all__ = ["Capture", "CudaCapture", "DecodeGraphs"]
@@ -111,8 +111,12 @@ class DecodeGraphs:
             for entries in ENTRIES:
                 self._recordings[size, entries] = self._record(size, entries)
 
-    def run(self, batch: Batch) -> Tensor | None:
-        """Replay a batch: its logits [T, V], until the next replay; None if no recording fits it."""
+    def run(self, batch: Batch, last: Tensor | None = None) -> Tensor | None:
+        """Replay a batch: its logits [T, V], until the next replay; None if no recording fits it.
+
+        Args:
+            last: as for `with_tokens`.
+        """
         num_tokens = len(batch.spans)
         if num_tokens > self._sizes[-1] or len(batch.sampled) < num_tokens or batch.prompt_rows:
             return None
@@ -127,18 +131,22 @@ class DecodeGraphs:
         recording = next((found for found in fitting if found.plan.fits(tiles)), None)
         if recording is None:
             return None
-        self._fill(self._inputs[size], recording, batch, tiles)
+        self._fill(self._inputs[size], recording, batch, tiles, last)
         recording.replay()
         self.num_replays += 1
         return recording.logits[:num_tokens]
 
-    def _fill(self, inputs: _Inputs, recording: _Recording, batch: Batch, tiles: list[Tile]) -> None:
+    def _fill(
+        self, inputs: _Inputs, recording: _Recording, batch: Batch, tiles: list[Tile], last: Tensor | None
+    ) -> None:
         """Write a batch into the tensors that a recording reads."""
         tokens = torch.zeros(inputs.tokens.shape, dtype=torch.int64, pin_memory=inputs.tokens.is_cuda)
         tokens[2] = -1
         for row, values in zip(tokens, (batch.input_ids[0], batch.position_ids[0], batch.cache_positions), strict=True):
             row[: len(values)] = values
         inputs.tokens.copy_(tokens, non_blocking=True)
+        if last is not None:
+            inputs.tokens[0] = with_tokens(inputs.tokens[0], last)
         inputs.attention.fill(batch.spans, self._step.cache.block_size)
         if recording.route is not batch.route:
             recording.plan.fill(tiles)

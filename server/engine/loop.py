@@ -2,24 +2,33 @@
 
 Others talk to it through its inbox only. Whatever happens to a request, exactly one terminal event is emitted for it:
 `Finished` or `Failed`.
+
+On a device the next step is scheduled and launched while one runs (`ModelRunner.runs_ahead`); its inputs refer to the
+tokens that only the device knows yet. What turns out to have ended is computed once more and thrown away.
+
+    host     schedule 1, launch 1, schedule 2, launch 2, read 1, schedule 3, launch 3, read 2, …
+    device                         step 1 ────────────▸ step 2 ────────────▸ step 3
+
+Requests whose next logits depend on the token before (grammars, penalties, bans: `needs_adjusting`) are read first.
 """
 
 import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from server.allocator import trim
-from server.engine.batch import PromptRows, RouteMemo, build_batch
+from server.engine.adjust import needs_adjusting
+from server.engine.batch import RouteMemo, build_batch
 from server.engine.blocks import BlockPool
 from server.engine.fairness import Fairness
+from server.engine.ports import AdapterLease
 from server.engine.request import Event, Failed, Finished, FinishReason, GenerationRequest, Token
 from server.engine.runner import ModelRunner
-from server.engine.sampling import Sampled, prompt_logprobs, sample
+from server.engine.sampling import Drawn, Sampled, draw
 from server.engine.scheduler import Scheduler, Step
 from server.errors import (
     ContextLengthError,
@@ -36,15 +45,17 @@ logger = logging.getLogger(__name__)
 
 # So many failed steps in a row mean that the fault is the engine's, not one request's.
 MAX_FAILED_STEPS = 3
-# Rows of logits that are turned into float32 at once for a prompt's log-probabilities.
-MAX_LOGPROB_ROWS = 64
 # An idle engine looks up after this long, in case somebody forgot to wake it.
 IDLE_WAIT_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot for metrics and health, made once a step."""
+    """A snapshot for metrics and health, made once a step.
+
+    Attributes:
+        num_steps_ahead: of the steps, those that were launched before the one before was read.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -56,11 +67,29 @@ class EngineStats:
     num_preemptions: int = 0
     num_prefix_tokens: int = 0
     num_prefix_hit_tokens: int = 0
+    num_steps_ahead: int = 0
 
     @property
     def kv_usage(self) -> float:
         """Share of the cache in use, 0 to 1."""
         return 1 - self.num_free_blocks / self.num_blocks if self.num_blocks else 0.0
+
+
+@dataclass(slots=True)
+class _Launched:
+    """A step that the device has been given and whose tokens have not been read.
+
+    Attributes:
+        requests: those that get the tokens.
+        drawn: None if there are none.
+        leases: of requests that have ended since: the step may still read their adapters.
+    """
+
+    step: Step
+    requests: list[GenerationRequest]
+    drawn: Drawn | None
+    begin_s: float
+    leases: list[AdapterLease] = field(default_factory=list)
 
 
 class EngineLoop:
@@ -110,6 +139,9 @@ class EngineLoop:
         self._has_started = threading.Event()
         self._is_closing = False
         self._num_failed_steps = 0
+        self._launched: list[_Launched] = []
+        self._last_read_s = 0.0
+        self._num_steps_ahead = 0
         self._thread = threading.Thread(target=self._run, name="loramux-engine", daemon=True)
 
     def start(self) -> None:
@@ -201,6 +233,8 @@ class EngineLoop:
             self._take_inbox()
             for request in [*self._scheduler.running, *self._scheduler.waiting]:
                 self._end(request, Failed(UnavailableError("the server is shutting down", code="shutting_down")))
+            while self._launched:
+                self._release(self._launched.pop())
             self._on_step()
 
     def _take_inbox(self) -> None:
@@ -215,43 +249,86 @@ class EngineLoop:
                 self._end(request, Finished(FinishReason.CANCELLED))
 
     def _step(self) -> bool:
-        """Run one step; False if there was nothing to do."""
+        """Launch a step, and read the one before it or this one; False if there was nothing to do."""
+        num_sampled = 0
+        if self._launched and any(needs_adjusting(request) for request in self._launched[0].requests):
+            num_sampled = self._read()
+        was_busy = bool(self._launched)
         step = self._scheduler.schedule(time.monotonic())
         for request, error in step.failed:
             self._finish(request, Failed(error))
-        num_sampled = 0
-        if step.chunks:
-            try:
-                begin_s = time.monotonic()
-                num_sampled = self._compute(step)
-                self._scheduler.note_duration(step, time.monotonic() - begin_s)
-                self._num_failed_steps = 0
-            except Exception as error:
-                logger.exception("a step of %d requests failed", len(step.chunks))
-                self._num_failed_steps += 1
-                for chunk in step.chunks:
-                    if not chunk.request.is_finished:
-                        self._end(chunk.request, Failed(GenerationError(f"a step failed: {type(error).__name__}")))
-        else:
+        has_launched = bool(step.chunks) and self._launch(step)
+        if was_busy:
+            num_sampled += self._read()
+            self._num_steps_ahead += has_launched
+        if has_launched:
+            self._commit(self._launched[0])
+            if not self.runner.runs_ahead:
+                num_sampled += self._read()
+        elif not was_busy:
             self.runner.copies.clear()
         self._note_stats(step, num_sampled)
-        return bool(step.chunks)
+        return bool(step.chunks) or was_busy
 
-    def _compute(self, step: Step) -> int:
-        """Run a step's chunks and pass on what they give; returns the number of new tokens."""
+    def _launch(self, step: Step) -> bool:
+        """Give a step to the device; False if that failed."""
+        begin_s = time.monotonic()
         runner = self.runner
-        batch = build_batch(step, self._pool.block_size, runner.device, self._routes, use_kernels=runner.uses_kernels)
-        logits = self.runner.forward(batch)
-        for rows in batch.prompt_rows:
-            _note_prompt(rows, logits)
-        if batch.sampled_rows is not None:
-            logits = logits[batch.sampled_rows]
-        eos_token_ids = self.runner.facts.eos_token_ids
-        results = sample(logits, batch.sampled, eos_token_ids=eos_token_ids) if batch.sampled else []
-        self._scheduler.commit(step)
-        for request, sampled in zip(batch.sampled, results, strict=True):
-            self._advance(request, sampled)
-        return len(results)
+        last = self._launched[0].drawn if self._launched else None
+        try:
+            batch = build_batch(
+                step, self._pool.block_size, runner.device, self._routes, use_kernels=runner.uses_kernels
+            )
+            logits = runner.forward(batch, None if last is None else last.tokens)
+            for rows in batch.prompt_rows:
+                rows.note(logits)
+            if batch.sampled_rows is not None:
+                logits = logits[batch.sampled_rows]
+            eos_token_ids = runner.facts.eos_token_ids
+            drawn = draw(logits, batch.sampled, eos_token_ids=eos_token_ids) if batch.sampled else None
+        except Exception as error:
+            logger.exception("a step of %d requests failed", len(step.chunks))
+            self._fail(step, error)
+            return False
+        self._launched.append(_Launched(step, batch.sampled, drawn, begin_s))
+        return True
+
+    def _commit(self, launched: _Launched) -> None:
+        """From here on its tokens are on their way."""
+        self._scheduler.commit(launched.step)
+        for place, request in enumerate(launched.requests):
+            request.in_flight = place
+
+    def _read(self) -> int:
+        """Wait for the oldest step and pass on what it gave; returns the number of new tokens."""
+        launched = self._launched.pop(0)
+        num_sampled = 0
+        try:
+            results = [] if launched.drawn is None else launched.drawn.read()
+            for request, sampled in zip(launched.requests, results, strict=True):
+                if not request.is_finished:  # else it has ended meanwhile
+                    request.in_flight = None
+                    self._advance(request, sampled)
+                    num_sampled += 1
+            now_s = time.monotonic()
+            self._scheduler.note_duration(launched.step, now_s - max(launched.begin_s, self._last_read_s))
+            self._last_read_s = now_s
+            self._num_failed_steps = 0
+        except Exception as error:
+            logger.exception("a step of %d requests failed", len(launched.step.chunks))
+            self._fail(launched.step, error)
+        self._release(launched)
+        return num_sampled
+
+    def _fail(self, step: Step, error: Exception) -> None:
+        self._num_failed_steps += 1
+        for chunk in step.chunks:
+            if not chunk.request.is_finished:
+                self._end(chunk.request, Failed(GenerationError(f"a step failed: {type(error).__name__}")))
+
+    def _release(self, launched: _Launched) -> None:
+        for lease in launched.leases:
+            lease.release()
 
     def _advance(self, request: GenerationRequest, sampled: Sampled) -> None:
         """Append a request's new token, emit it, and end the request if it is the last one."""
@@ -279,6 +356,9 @@ class EngineLoop:
         return FinishReason.LENGTH if len(request.output_ids) >= sampling.max_new_tokens else None
 
     def _end(self, request: GenerationRequest, event: Event) -> None:
+        if self._launched and request.lease is not None:
+            self._launched[-1].leases.append(request.lease)
+            request.lease = None
         self._scheduler.remove(request)
         self._finish(request, event)
 
@@ -302,6 +382,7 @@ class EngineLoop:
             num_preemptions=scheduler.num_preemptions,
             num_prefix_tokens=scheduler.num_prefix_tokens,
             num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
+            num_steps_ahead=self._num_steps_ahead,
         )
 
 
@@ -310,14 +391,3 @@ def _no_token(sampled: Sampled) -> ServerError:
         message = "no token is left that may come next: the grammar, the bad words and the bias exclude them all"
         return InvalidRequestError(message, code="no_token_allowed")
     return GenerationError("the model's output is not finite: the adapter overflows", code="output_not_finite")
-
-
-def _note_prompt(rows: PromptRows, logits: Tensor) -> None:
-    """Keep the log-probabilities of prompt tokens; those that are known from before a preemption are left alone."""
-    request = rows.request
-    known = max(len(request.prompt_logprobs) - rows.position, 0)
-    for start in range(rows.start + known, rows.stop, MAX_LOGPROB_ROWS):
-        stop = min(start + MAX_LOGPROB_ROWS, rows.stop)
-        position = rows.position + start - rows.start
-        token_ids = request.prompt_ids[position + 1 : position + 1 + stop - start]
-        request.prompt_logprobs += prompt_logprobs(logits[start:stop], token_ids, request.sampling.num_top_logprobs)

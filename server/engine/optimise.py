@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_core import LoraLinear
 from lora_core.ops.packed import AdapterPacker
+from lora_core.quant_product import is_batch_dependent
 from lora_core.shared import find_shared_inputs, share_inputs
 from server.engine.attention import replace_attention
 from server.engine.model import run_probe
@@ -21,13 +22,18 @@ __all__ = ["Optimised", "optimise"]
 
 @dataclass(frozen=True, slots=True)
 class Optimised:
-    """What was found to optimise: numbers of layer groups, of layers in them, and of blocks of each kind."""
+    """What was found to optimise: numbers of layer groups, of layers in them, and of blocks of each kind.
+
+    Attributes:
+        shapes: of the groups: in_features, and the layers' out_features.
+    """
 
     num_groups: int
     num_grouped_layers: int
     num_attention_blocks: int
     num_mlps: int
     num_norms: int
+    shapes: frozenset[tuple[int, tuple[int, ...]]]
 
 
 def optimise(model: nn.Module, layers: Mapping[str, LoraLinear], *, as_int4: bool = False) -> Optimised:
@@ -37,11 +43,16 @@ def optimise(model: nn.Module, layers: Mapping[str, LoraLinear], *, as_int4: boo
         as_int4: the weights are rounded to 4 bits, and few rows read them so.
     """
     names = find_shared_inputs(layers, lambda: run_probe(model))
+    # Also those that a run does not call just once: bitsandbytes' own product would mix what requests get.
+    alone = layers.keys() - {name for group in names for name in group}
+    names += [[name] for name in sorted(alone) if is_batch_dependent(layers[name].base_layer)]
     groups = share_inputs(layers, names, AdapterPacker(), as_int4=as_int4)
     num_blocks = replace_attention(model, lambda: run_probe(model), groups)
     num_mlps, num_norms = replace_mlps(model, groups), replace_norms(model)
     _leave_the_file(model)
-    return Optimised(len(groups), sum(len(group.members) for group in groups), num_blocks, num_mlps, num_norms)
+    shapes = frozenset((group.members[0].in_features, tuple(group.sizes)) for group in groups)
+    num_layers = sum(len(group.members) for group in groups)
+    return Optimised(len(groups), num_layers, num_blocks, num_mlps, num_norms, shapes)
 
 
 def _leave_the_file(model: nn.Module) -> None:

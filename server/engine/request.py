@@ -172,6 +172,7 @@ class GenerationRequest:
         block_keys: of its full blocks, as far as they were needed (`prefix.PrefixKeys`).
         num_published: blocks, from the first on, that others can find or that were found.
         num_cached_tokens: tokens that were found in the cache when it last started.
+        in_flight: the place of its next token among those of the step under way; None if none is on its way.
     """
 
     request_id: str
@@ -199,14 +200,22 @@ class GenerationRequest:
     num_published: int = 0
     num_cached_tokens: int = 0
     is_finished: bool = False
+    in_flight: int | None = None
+
+    @property
+    def num_output(self) -> int:
+        """Generated tokens, with the one that is on its way."""
+        return len(self.output_ids) + (self.in_flight is not None)
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.output_ids)
+        return len(self.prompt_ids) + self.num_output
 
     @property
     def num_pending(self) -> int:
-        """Tokens that the model has not seen yet: 1 in steady decoding."""
+        """Tokens that the model has not seen yet and has to: 1 in steady decoding, 0 while the last one comes."""
+        if self.in_flight is not None and self.num_output >= self.sampling.max_new_tokens:
+            return 0
         return self.num_tokens - self.num_computed
 
     @property
@@ -218,8 +227,10 @@ class GenerationRequest:
         return {} if self.lease is None else self.lease.slots
 
     def token_ids(self, start: int, stop: int) -> list[int]:
-        """Tokens [start, stop) of prompt and output together."""
+        """Tokens [start, stop) of prompt and output together; `-1 - in_flight` is the one that is on its way."""
         split = len(self.prompt_ids)
-        if start >= split:
-            return self.output_ids[start - split : stop - split]
-        return self.prompt_ids[start:stop] + self.output_ids[: max(stop - split, 0)]
+        known = self.prompt_ids[start:stop] if start < split else []
+        known = known + self.output_ids[max(start - split, 0) : max(stop - split, 0)]
+        if self.in_flight is not None and stop == self.num_tokens:
+            known.append(-1 - self.in_flight)
+        return known

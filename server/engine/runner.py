@@ -1,16 +1,19 @@
 """ModelRunner: a model with slots for adapters and a cache, and the one call that runs a batch through it."""
 
 import logging
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_core import DeviceModelSlots, LoraLinear, ModelSlots, Router, attach_slots, wrap_linears
+from lora_core.ops.tuning import tune_adapters, tuner_for
 from server.allocator import keep_freed
-from server.engine.attention import DecodeCopies, PagedAttention, use_step
-from server.engine.batch import Batch
+from server.engine.attention import NO_CONFIGS, DecodeCopies, PagedAttention, tune_attention, use_step
+from server.engine.batch import Batch, with_tokens
 from server.engine.device_step import DeviceStep, what_kernels_lack
 from server.engine.graphs import Capture, CudaCapture, DecodeGraphs
 from server.engine.kv_cache import KVCache
@@ -46,6 +49,9 @@ class EngineConfig:
         use_prefix_cache: keep computed prompts, and compute what requests have in common once.
         use_kernels: attend and apply adapters with Triton kernels; None: on CUDA.
         use_cuda_graphs: record decoding steps and replay them, where kernels are used.
+        tuning_folder: measure the kernels' launch parameters before anything is served, and keep them there; None: the
+            defaults.
+        run_ahead: give the device a step before the tokens of the step before are known; None: on CUDA.
     """
 
     max_running: int = 32
@@ -58,6 +64,8 @@ class EngineConfig:
     use_prefix_cache: bool = True
     use_kernels: bool | None = None
     use_cuda_graphs: bool = True
+    tuning_folder: Path | None = None
+    run_ahead: bool | None = None
 
 
 class ModelRunner:
@@ -76,6 +84,7 @@ class ModelRunner:
         copies: of the cache, for sequences that decode.
         optimised: what could be made faster.
         uses_kernels: batches are made for kernels, `build_batch(..., use_kernels=True)`.
+        runs_ahead: as configured, or on CUDA.
         graphs: recorded decoding steps; None without kernels or graphs.
         quantization: how the weights are held ("nf4", "int8", another method's name), or None.
 
@@ -92,6 +101,7 @@ class ModelRunner:
         self.device, self.dtype = parameter.device, parameter.dtype
         on_cuda = self.device.type == "cuda"
         self.uses_kernels = on_cuda if config.use_kernels is None else config.use_kernels
+        self.runs_ahead = on_cuda if config.run_ahead is None else config.run_ahead
         if on_cuda and self.uses_kernels and (missing := what_kernels_lack()) is not None:
             raise InvalidRequestError(f"Triton's kernels cannot run: there is no {missing}", code="kernels_unavailable")
         self.quantization = "int4" if as_int4 else checkpoint_quantization(model.config)
@@ -107,20 +117,25 @@ class ModelRunner:
             self.layers, config.max_slots, dtype=self.dtype, model=model, use_kernels=self.uses_kernels
         )
         self.optimised = optimise(model, self.layers, as_int4=as_int4)
+        self._attend_configs: Mapping[Hashable, Any] = self._tune() if self.uses_kernels else NO_CONFIGS
         self.graphs: DecodeGraphs | None = None
         if self.uses_kernels and config.use_cuda_graphs and (on_cuda or capture is not None):
             self.graphs = self._record(capture or CudaCapture())
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Logits [N, V] of the batch's last rows, to be read before the next call; the cache then holds its tokens."""
+    def forward(self, batch: Batch, last: Tensor | None = None) -> Tensor:
+        """Logits [N, V] of the batch's last rows, to be read before the next call; the cache then holds its tokens.
+
+        Args:
+            last: [M] tokens of the step before, on the device, if the batch refers to any.
+        """
         if self.uses_kernels:
-            replayed = None if self.graphs is None else self.graphs.run(batch)
-            return DeviceStep(self.model, self.router, self.cache).run(batch) if replayed is None else replayed
+            replayed = None if self.graphs is None else self.graphs.run(batch, last)
+            return self._device_step().run(batch, last) if replayed is None else replayed
         self.cache.zero(batch.new_blocks)
         attention = PagedAttention(self.cache, batch.cache_positions, batch.groups, self.copies)
         with torch.inference_mode(), self.router.use(batch.route, batch.head_route):
             output = self.model(
-                input_ids=batch.input_ids,
+                input_ids=with_tokens(batch.input_ids, last),
                 position_ids=batch.position_ids,
                 use_cache=False,
                 logits_to_keep=batch.last_rows,
@@ -128,11 +143,29 @@ class ModelRunner:
             )
             return output.logits[0]
 
+    def _device_step(self) -> DeviceStep:
+        return DeviceStep(self.model, self.router, self.cache, self._attend_configs)
+
+    def _tune(self) -> Mapping[Hashable, Any]:
+        """Measure launch parameters where that is wanted; returns those of attention."""
+        if self.config.tuning_folder is None:
+            return NO_CONFIGS
+        assert isinstance(self.bank, DeviceModelSlots)
+        tuner = tuner_for(self.config.tuning_folder, self.device)
+        tune_adapters(tuner, self.bank.table, self.optimised.shapes, self.dtype)
+        config: Any = self.model.config
+        num_heads = int(config.get_text_config().num_attention_heads)
+        layers = [(shape, num_heads) for shape in self.facts.layers]
+        configs = tune_attention(tuner, layers, self.config.block_size, self.dtype, self.device)
+        tuner.save()
+        logger.info("%d launches of kernels were measured", tuner.num_measured)
+        return configs
+
     def _record(self, capture: Capture) -> DecodeGraphs | None:
         """Graphs of decoding, or None where the model's code does something that cannot be recorded."""
         assert isinstance(self.bank, DeviceModelSlots)
         graphs = DecodeGraphs(
-            DeviceStep(self.model, self.router, self.cache),
+            self._device_step(),
             self.bank,
             capture,
             max_tokens=self.config.max_running,

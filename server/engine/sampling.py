@@ -11,8 +11,9 @@ from torch import Tensor
 
 from server.engine.adjust import adjust_logits, needs_adjusting
 from server.engine.request import GenerationRequest, SamplingParams, TokenLogprob
+from server.engine.transfers import Fetch, upload
 
-__all__ = ["Sampled", "prompt_logprobs", "sample"]
+__all__ = ["Drawn", "Sampled", "draw", "prompt_logprobs", "sample"]
 
 # With top_p alone, so many of the most likely tokens are looked at before all are sorted.
 NUM_CANDIDATES = 1_024
@@ -34,13 +35,38 @@ class Sampled:
     is_blocked: bool = False
 
 
-def sample(
+class Drawn:
+    """The next tokens of a step's rows.
+
+    Attributes:
+        tokens: [N] on the device.
+    """
+
+    def __init__(self, tokens: Tensor, is_finite: Tensor, blocked: frozenset[int], logprobs: "_Logprobs") -> None:
+        self.tokens = tokens
+        self._rows = Fetch(torch.stack([tokens, is_finite.to(tokens.dtype)], dim=1))
+        self._blocked = blocked
+        self._logprobs = logprobs
+
+    def read(self) -> list[Sampled]:
+        """Wait for them: the one moment of a step in which the host waits for the device."""
+        rows: list[tuple[int, int]] = self._rows.tolist()
+        logprobs = self._logprobs.read()
+        return [
+            Sampled(None, is_blocked=bool(finite))
+            if i in self._blocked or not finite
+            else Sampled(token, *logprobs.get(i, ()))
+            for i, (token, finite) in enumerate(rows)
+        ]
+
+
+def draw(
     logits: Tensor, requests: Sequence[GenerationRequest], *, eos_token_ids: frozenset[int] = frozenset()
-) -> list[Sampled]:
-    """Choose the next token of every row.
+) -> Drawn:
+    """Choose the next token of every row; waits for the device only if a request `needs_adjusting`.
 
     Args:
-        logits: [N, V], any float dtype.
+        logits: [N, V], any float dtype; not needed any more when this returns.
         requests: the N requests; their sampling parameters, seeds and positions decide.
         eos_token_ids: tokens that end a sequence, for `min_tokens`.
     """
@@ -59,53 +85,68 @@ def sample(
         peaks[adjusted], tokens[adjusted] = changed.max(dim=-1)
         blocked = {i for i, peak in zip(adjusted, peaks[adjusted].tolist(), strict=True) if peak == -torch.inf}
     if drawn:
-        rows = torch.tensor(drawn, device=logits.device)
+        rows = upload(drawn, logits.device)
         shifted = logits[rows]
         places = {i: place for place, i in enumerate(drawn)}
         both = [(places[i], k) for k, i in enumerate(adjusted) if i in places]
         if both:
             shifted[[place for place, _ in both]] = changed[[k for _, k in both]]
         tokens[rows] = _draw(shifted - peaks[rows, None], [requests[i] for i in drawn])
-    logprobs = _logprobs(logits, tokens, requests)
-    # Asked for together: the device is waited for once.
-    rows_of_two = torch.stack([tokens, is_finite.to(tokens.dtype)], dim=1).tolist()
-    return [
-        Sampled(None, is_blocked=bool(finite)) if i in blocked or not finite else Sampled(token, *logprobs.get(i, ()))
-        for i, (token, finite) in enumerate(rows_of_two)
-    ]
+    return Drawn(tokens, is_finite, frozenset(blocked), _Logprobs(logits, tokens, requests))
+
+
+def sample(
+    logits: Tensor, requests: Sequence[GenerationRequest], *, eos_token_ids: frozenset[int] = frozenset()
+) -> list[Sampled]:
+    """`draw`, and wait for the tokens."""
+    return draw(logits, requests, eos_token_ids=eos_token_ids).read()
 
 
 def prompt_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
     """Of each row's next token, which is known: logits [N, V], N `token_ids` -> N."""
     logits = logits.float()
-    tokens = torch.tensor(token_ids, device=logits.device)
-    values, top = _row_logprobs(logits, tokens, num_top)
+    values, top = _RowLogprobs(logits, torch.tensor(token_ids, device=logits.device), num_top).read()
     return [TokenLogprob(t, v, pairs) for t, v, pairs in zip(token_ids, values, top, strict=True)]
 
 
-def _logprobs(
-    logits: Tensor, tokens: Tensor, requests: Sequence[GenerationRequest]
-) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+class _Logprobs:
     """Of the rows that want them: the chosen token's, and the pairs of the most likely ones."""
-    wanted = [i for i, request in enumerate(requests) if request.sampling.logprobs]
-    if not wanted:
-        return {}
-    numbers = [requests[i].sampling.num_top_logprobs for i in wanted]
-    rows = torch.tensor(wanted, device=logits.device)
-    values, top = _row_logprobs(logits[rows], tokens[rows], max(numbers))
-    return {i: (value, pairs[:n]) for i, value, pairs, n in zip(wanted, values, top, numbers, strict=True)}
+
+    def __init__(self, logits: Tensor, tokens: Tensor, requests: Sequence[GenerationRequest]) -> None:
+        wanted = [i for i, request in enumerate(requests) if request.sampling.logprobs]
+        self._numbers = {i: requests[i].sampling.num_top_logprobs for i in wanted}
+        self._rows: _RowLogprobs | None = None
+        if wanted:
+            rows = upload(wanted, logits.device)
+            self._rows = _RowLogprobs(logits[rows], tokens[rows], max(self._numbers.values()))
+
+    def read(self) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+        if self._rows is None:
+            return {}
+        return {
+            i: (value, pairs[:n])
+            for (i, n), value, pairs in zip(self._numbers.items(), *self._rows.read(), strict=True)
+        }
 
 
-def _row_logprobs(
-    logits: Tensor, tokens: Tensor, num_top: int
-) -> tuple[list[float], list[tuple[tuple[int, float], ...]]]:
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    values = (logits.gather(1, tokens[:, None]) - total).squeeze(1).tolist()
-    if not num_top:
-        return values, [()] * len(values)
-    best = logits.topk(min(num_top, logits.shape[1]), dim=-1)
-    pairs = zip(best.indices.tolist(), (best.values - total).tolist(), strict=True)
-    return values, [tuple(zip(ids, logprobs, strict=True)) for ids, logprobs in pairs]
+class _RowLogprobs:
+    """Log-probabilities of one token a row, and of the `num_top` most likely ones."""
+
+    def __init__(self, logits: Tensor, tokens: Tensor, num_top: int) -> None:
+        total = logits.logsumexp(dim=-1, keepdim=True)
+        self._values = Fetch((logits.gather(1, tokens[:, None]) - total).squeeze(1))
+        self._best: tuple[Fetch, Fetch] | None = None
+        if num_top:
+            best = logits.topk(min(num_top, logits.shape[1]), dim=-1)
+            self._best = Fetch(best.indices), Fetch(best.values - total)
+
+    def read(self) -> tuple[list[float], list[tuple[tuple[int, float], ...]]]:
+        values: list[float] = self._values.tolist()
+        if self._best is None:
+            return values, [()] * len(values)
+        indices, logprobs = self._best
+        pairs = zip(indices.tolist(), logprobs.tolist(), strict=True)
+        return values, [tuple(zip(ids, each, strict=True)) for ids, each in pairs]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -120,15 +161,12 @@ def _draw(logits: Tensor, requests: Sequence[GenerationRequest]) -> Tensor:
     device = logits.device
     range_ = torch.finfo(logits.dtype)
     temperature = [min(max(p.temperature, range_.tiny), range_.max) for p in params]
-    scaled = logits / torch.tensor(temperature, device=device)[:, None]
+    scaled = logits / upload(temperature, device)[:, None]
     truncated = [i for i, p in enumerate(params) if p.truncates]
     if truncated:
-        scaled[truncated] = _truncate(scaled[truncated], [params[i] for i in truncated])
-    numbers = torch.tensor(
-        [uniform(request.sampling.seed, len(request.output_ids)) for request in requests],
-        dtype=torch.float64,
-        device=device,
-    )
+        rows = upload(truncated, device)
+        scaled[rows] = _truncate(scaled[rows], [params[i] for i in truncated])
+    numbers = upload([uniform(r.sampling.seed, r.num_output) for r in requests], device, torch.float64)
     return _invert(scaled.softmax(dim=-1), numbers)
 
 
@@ -140,15 +178,17 @@ def _truncate(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """
     likely = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
     if likely:
-        scaled[likely] = _truncate_likely(scaled[likely], [params[i] for i in likely])
+        rows = upload(likely, scaled.device)
+        scaled[rows] = _truncate_likely(scaled[rows], [params[i] for i in likely])
     if any(p.min_p > 0 for p in params):
         lowest = [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params]
-        limits = torch.tensor(lowest, dtype=torch.float64, device=scaled.device)[:, None].to(scaled.dtype)
+        limits = upload(lowest, scaled.device, torch.float64)[:, None].to(scaled.dtype)
         scaled = scaled.masked_fill(scaled < limits, -torch.inf)
     typical = [i for i, p in enumerate(params) if p.typical_p < 1]
     if typical:
-        mass = torch.tensor([params[i].typical_p for i in typical], dtype=torch.float64, device=scaled.device)
-        scaled[typical] = _truncate_typical(scaled[typical], mass[:, None])
+        mass = upload([params[i].typical_p for i in typical], scaled.device, torch.float64)
+        rows = upload(typical, scaled.device)
+        scaled[rows] = _truncate_typical(scaled[rows], mass[:, None])
     return scaled
 
 
@@ -167,25 +207,36 @@ def _truncate_likely(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor
     """The `top_k` and `top_p` part."""
     vocabulary, device = scaled.shape[1], scaled.device
     top_k = [min(p.top_k, vocabulary) for p in params]
-    candidates = scaled.topk(min(vocabulary, max(k or NUM_CANDIDATES for k in top_k)), dim=-1).values
-    last = torch.tensor([max(k - 1, 0) for k in top_k], device=device)
-    limits = candidates.gather(1, last[:, None])
-    limits[[i for i, k in enumerate(top_k) if not k]] = -torch.inf
+    few = NUM_CANDIDATES if _may_ask(device) else vocabulary
+    candidates = scaled.topk(min(vocabulary, max(k or few for k in top_k)), dim=-1).values
+    limits = candidates.gather(1, upload([max(k - 1, 0) for k in top_k], device)[:, None])
+    limits = limits.masked_fill(upload([not k for k in top_k], device)[:, None], -torch.inf)
     scaled = scaled.masked_fill(scaled < limits, -torch.inf)
-    rows = [i for i, p in enumerate(params) if p.top_p < 1]
-    if rows:
-        top_p = torch.tensor([params[i].top_p for i in rows], dtype=torch.float64, device=device)
+    likely = [i for i, p in enumerate(params) if p.top_p < 1]
+    if likely:
+        rows = upload(likely, device)
+        top_p = upload([params[i].top_p for i in likely], device, torch.float64)
         scaled[rows] = _truncate_mass(scaled[rows], candidates[rows], top_p[:, None])
     return scaled
 
 
+def _may_ask(device: torch.device) -> bool:
+    """Whether looking at a value costs nothing; elsewhere the host would wait for the whole step."""
+    return device.type == "cpu"
+
+
 def _truncate_mass(scaled: Tensor, candidates: Tensor, top_p: Tensor) -> Tensor:
-    """The `top_p` part; candidates [N, C] are each row's highest values in descending order, top_p [N, 1]."""
+    """The `top_p` part; candidates [N, C] are each row's highest values in descending order, top_p [N, 1].
+
+    C is V, or at least `top_k`, unless values may be asked for.
+    """
     sums = (candidates - scaled.logsumexp(dim=-1, keepdim=True)).exp().double().cumsum(dim=-1)
     place = (sums < top_p).sum(dim=-1, keepdim=True)  # of the token that reaches top_p
     out = scaled.masked_fill(scaled < candidates.gather(1, place.clamp(max=candidates.shape[1] - 1)), -torch.inf)
+    if candidates.shape[1] == scaled.shape[1] or not _may_ask(scaled.device):
+        return out
     flat = (place == candidates.shape[1]).squeeze(1)
-    if candidates.shape[1] < scaled.shape[1] and bool(flat.any()):  # the candidates do not reach it
+    if bool(flat.any()):  # the candidates do not reach it
         everything = scaled[flat].sort(dim=-1, descending=True).values
         out[flat] = _truncate_mass(scaled[flat], everything, top_p[flat])
     return out

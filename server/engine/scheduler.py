@@ -133,11 +133,15 @@ class Scheduler:
         return step
 
     def commit(self, step: Step) -> list[GenerationRequest]:
-        """Record a step as computed; returns the requests whose next token can be sampled, in chunk order."""
-        for chunk in step.chunks:
+        """Record a step as computed; returns the requests whose next token can be sampled, in chunk order.
+
+        Requests that have ended since it was planned are left alone.
+        """
+        chunks = [chunk for chunk in step.chunks if not chunk.request.is_finished]
+        for chunk in chunks:
             chunk.request.num_computed = chunk.stop
             self._publish(chunk.request)
-        return [chunk.request for chunk in step.chunks if chunk.is_last]
+        return [chunk.request for chunk in chunks if chunk.is_last]
 
     def note_duration(self, step: Step, seconds: float) -> None:
         """Learn from the time that a step took."""
@@ -162,7 +166,7 @@ class Scheduler:
                 wanted[request.arrival] = min(request.num_pending, budget)
                 budget -= wanted[request.arrival]
         for request in list(self.running):
-            num_tokens = wanted[request.arrival]
+            num_tokens = wanted.get(request.arrival, 0)
             if num_tokens and request in self.running and self._grow(request, num_tokens, step):
                 self._add_chunk(step, request, num_tokens)
         return budget

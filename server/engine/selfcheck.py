@@ -16,7 +16,7 @@ from server.errors import InvalidRequestError
 __all__ = ["MAX_RELATIVE_ERROR", "check_against_reference"]
 
 CUTS = ((0, 10), (10, 22), (22, 23))  # of the longer prompt; the last one is a decode step
-# int8 layers round what comes in, so that last bits decide, and split off columns by what else is in the batch.
+# int8 layers round what comes in, so that last bits decide, and transformers' own split off columns by all tokens.
 MAX_RELATIVE_ERROR_INT8 = 0.15
 MAX_RELATIVE_ERROR = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 

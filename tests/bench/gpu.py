@@ -1,6 +1,7 @@
 """Adapters at the speed of the hardware: ratios on one device, against rooflines measured on the spot.
 
-    python -m tests.bench.gpu [--shape 8b|1b|tiny] [--device cuda] [--quantization none,nf4] [--no-peers] [--json FILE]
+    python -m tests.bench.gpu [--shape 8b|1b|tiny] [--device cuda] [--quantization none,nf4] [--tune FOLDER]
+                              [--no-peers] [--json FILE]
 
 Builds a Llama of that shape with random weights on the device; nothing is fetched. Every case runs through the engine
 (`EngineLoop`), as requests do; a step's time is the median between two tokens of a stream while all rows decode.
@@ -54,6 +55,14 @@ class Figure:
     is_met: bool | None
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """Whether Triton's kernels are used (None: on CUDA), and where their measured parameters are kept."""
+
+    is_used: bool | None = None
+    tuning_folder: Path | None = None
+
+
 class Stream:
     """A request, and when its tokens came."""
 
@@ -78,7 +87,9 @@ class Stream:
 class Bench:
     """One model behind an engine."""
 
-    def __init__(self, shape: Shape, quantization: str, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, shape: Shape, quantization: str, dtype: torch.dtype, device: torch.device, kernels: Kernels
+    ) -> None:
         self.shape, self.form, self.device = shape, quantization if quantization != "none" else "bf16", device
         model = build_model(shape, quantization, dtype=dtype, device=device)
         for module in model.modules():
@@ -93,6 +104,8 @@ class Bench:
             kv_bytes=2 * shape.kv_bytes(num_tokens, dtype) + (1 << 20),
             max_model_len=longest + 16,
             use_prefix_cache=False,
+            use_kernels=kernels.is_used,
+            tuning_folder=kernels.tuning_folder,
         )
         self.runner = ModelRunner(model, config)
         self.engine = EngineLoop(self.runner, num_threads=torch.get_num_threads())
@@ -123,9 +136,7 @@ class Bench:
 
     def run(self, rows: Sequence[Weights], length: int, num_new: int) -> list[Stream]:
         """Start a request per row at once, and wait for all."""
-        streams = [Stream(f"{next(self._names)}", self.prompt(length), num_new, weights) for weights in rows]
-        for stream in streams:
-            self.engine.submit(stream.request)
+        streams = [self.submit(length, num_new, weights) for weights in rows]
         self.wait(streams)
         return streams
 
@@ -158,24 +169,40 @@ class Bench:
         return min(out)
 
     def cold_s(self, folder: Path) -> tuple[float, float]:
-        """Seconds from disk to slot beside streams that decode, and the streams' p99 gap over what it was before."""
+        """Beside streams that decode: seconds from an adapter on disk to its first token, beyond a resident one's.
+
+        Returns:
+            These, and the streams' p99 gap over what it was without.
+        """
         self.load([RANK] * NUM_ADAPTERS)
         rows: list[Weights] = [{i: 1.0} for i in range(min(NUM_ADAPTERS, self.shape.num_rows) - 1)]
         before = self.run(rows, 8, self.shape.num_new)
-        streams = [Stream(f"{next(self._names)}", self.prompt(8), self.shape.num_new, weights) for weights in rows]
-        for stream in streams:
-            self.engine.submit(stream.request)
-        while not all(stream.times for stream in streams):
-            time.sleep(0.001)
+        streams = [self.submit(8, self.shape.num_new, weights) for weights in rows]
+        self.wait_for_first(streams)
+        warm_s = self.first_token_s({0: 1.0})
         start = time.perf_counter()
-        self.runner.bank.load(
-            self.runner.config.max_slots - 1,
-            fold_adapter(load_adapter(folder), self.runner.model, dtype=self.runner.dtype),
-        )
-        synchronize(self.device)
-        seconds = time.perf_counter() - start
+        slot = self.runner.config.max_slots - 1
+        adapter = fold_adapter(load_adapter(folder), self.runner.model, dtype=self.runner.dtype)
+        self.runner.bank.load(slot, adapter)
+        loaded_s = time.perf_counter() - start
+        seconds = loaded_s + self.first_token_s({slot: 1.0}) - warm_s
         self.wait(streams)
         return seconds, percentile_99(streams) / percentile_99(before)
+
+    def submit(self, length: int, num_new: int, weights: Weights) -> Stream:
+        stream = Stream(f"{next(self._names)}", self.prompt(length), num_new, weights)
+        self.engine.submit(stream.request)
+        return stream
+
+    def first_token_s(self, weights: Weights) -> float:
+        start = time.perf_counter()
+        stream = self.submit(8, 1, weights)
+        self.wait([stream])
+        return stream.times[0] - start
+
+    def wait_for_first(self, streams: Sequence[Stream]) -> None:
+        while not all(stream.times or stream.end for stream in streams):
+            time.sleep(0.001)
 
 
 def percentile_99(streams: Sequence[Stream]) -> float:
@@ -233,7 +260,7 @@ def measure(bench: Bench, roofline: Roofline, folder: Path) -> tuple[list[Figure
         at_most("decode step at 1 row over the weight-read floor", form, steps["one"] / floor_s, 1.25),
         at_least(f"prefill of {shape.prefill} a row, 8 adapters / base", form, prefill[0] / prefill[1], 0.90),
         Figure("that prefill over its arithmetic floor", form, prefill[1] / compute_s, "", None),
-        at_most("cold adapter, disk to slot, ms", form, 1e3 * cold_s, 60),
+        at_most("cold adapter, disk to first token beyond a resident one's, ms", form, 1e3 * cold_s, 60),
         at_most("others' inter-token p99 meanwhile", form, others, 1.05),
     ], steps  # fmt: skip
 
@@ -256,14 +283,16 @@ def peers(
     ]
 
 
-def run(shape: Shape, forms: Sequence[str], device: torch.device, *, with_peers: bool) -> dict[str, Any]:
+def run(
+    shape: Shape, forms: Sequence[str], device: torch.device, kernels: Kernels, *, with_peers: bool
+) -> dict[str, Any]:
     """Everything, as figures and what they rest on."""
     dtype = torch.bfloat16
     roofline = measure_roofline(shape, dtype=dtype, device=device)
     figures: list[Figure] = []
     steps: dict[str, dict[str, float]] = {}
     for quantization in forms:
-        bench = Bench(shape, quantization, dtype, device)
+        bench = Bench(shape, quantization, dtype, device, kernels)
         try:
             with tempfile.TemporaryDirectory() as folder:
                 rows, steps[bench.form] = measure(bench, roofline, Path(folder))
@@ -309,11 +338,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--quantization", default="none,nf4")
     parser.add_argument("--rows", type=int, help="in place of the shape's own")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument(
+        "--kernels", choices=["auto", "triton"], default="auto", help="triton: also where there is no GPU"
+    )
+    parser.add_argument(
+        "--tune", type=Path, metavar="FOLDER", help="measure launch parameters first, and keep them there"
+    )
     parser.add_argument("--json", type=Path, help="write everything that was measured there")
     args = parser.parse_args(arguments)
     shape = SHAPES[args.shape]
     shape = replace(shape, num_rows=args.rows) if args.rows else shape
-    result = run(shape, args.quantization.split(","), torch.device(args.device), with_peers=not args.no_peers)
+    kernels = Kernels(True if args.kernels == "triton" else None, args.tune)
+    forms, device = args.quantization.split(","), torch.device(args.device)
+    result = run(shape, forms, device, kernels, with_peers=not args.no_peers)
     show(result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2))

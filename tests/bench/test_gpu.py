@@ -23,7 +23,7 @@ def test_every_case_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[st
     }
     for figure in result["figures"]:
         assert math.isfinite(figure["value"]), figure
-        assert figure["value"] > 0, figure
+        assert figure["value"] > 0 or "beyond" in figure["case"], figure  # noise may make a difference negative
     forms = [figure["form"] for figure in result["figures"]]
     assert forms.count("bf16") + 1 == forms.count("nf4") == 13
     assert result["bytes_per_s"] > 1e8
@@ -31,3 +31,12 @@ def test_every_case_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for figure in result["figures"]:
         assert figure["case"] in shown
     assert "NF4 decode rate at 1 row / bf16's" in shown
+
+
+@pytest.mark.slow
+def test_every_case_runs_on_the_kernels(tmp_path: Path) -> None:
+    """In the interpreter, where each launch takes milliseconds."""
+    options = ["--shape", "tiny", "--rows", "2", "--device", "cpu", "--kernels", "triton", "--no-peers"]
+    result = gpu.main([*options, "--quantization", "nf4"])
+    assert len(result["figures"]) == 10
+    assert all(math.isfinite(figure["value"]) for figure in result["figures"])

@@ -1,8 +1,10 @@
 """The engine on kernels, which without a GPU run in Triton's interpreter: attention, adapters, recorded steps."""
 
 import copy
+import json
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 
 from lora_core import DeviceModelSlots
 from lora_core.maths import Folded
+from lora_core.ops import plan as plan_module
+from lora_core.ops import tuning
 from server.engine import EngineConfig, EngineLoop, ModelRunner, graphs
 from server.engine.attention import AttentionCall, AttentionGroup, AttentionPlan, DeviceAttention, PagedAttention, Span
 from server.engine.attention import device as device_attention
@@ -104,6 +108,30 @@ def test_attention_agrees_with_the_reference(kind: str, value_dim: int, monkeypa
     torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
     for pool, other in zip(*(cache._pools[0] for cache in caches), strict=True):
         assert torch.equal(pool, other)
+
+
+def test_launch_parameters_are_measured_before_anything_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (tuning, plan_module):
+        monkeypatch.setattr(module, "RANKS", (16,))
+        monkeypatch.setattr(module, "NUM_ENTRIES", {16: (1,), 64: (1,)})
+    for name in ("SHRINK_OPTIONS", "EXPAND_OPTIONS"):
+        monkeypatch.setattr(tuning, name, {"num_warps": (2,)})
+    monkeypatch.setattr(device_attention, "ATTEND_OPTIONS", {"block_keys": (16,)})
+    monkeypatch.setattr(device_attention, "TRIAL_SEQUENCES", 2)
+    monkeypatch.setattr(device_attention, "TRIAL_LENGTH", 50)
+    config = replace(CONFIG, tuning_folder=tmp_path)
+    runner = ModelRunner(tiny_model("llama", random.randrange(1 << 30)).to(DEVICE), config)
+    assert isinstance(runner.bank, DeviceModelSlots)
+    assert {key[:2] for key in runner.bank.table.configs} == runner.optimised.shapes  # type: ignore[index]
+    head = runner.facts.layers[0]
+    kinds = {key[0] for key in runner._attend_configs}  # type: ignore[index]
+    assert kinds == {1, device_attention.PROMPT_QUERIES}
+    assert all(key[2:] == (head.key_dim, head.value_dim) for key in runner._attend_configs)  # type: ignore[index]
+    (file,) = tmp_path.iterdir()
+    assert len(json.loads(file.read_text())) == 2 * len(runner.bank.table.configs) + 2
+    assert check_against_reference(runner) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -33,6 +33,9 @@ from tests.tiny_folder import write_tiny_folder
 CPU = torch.device("cpu")
 KINDS = [Quantization("nf4"), Quantization("nf4", double_quant=True), Quantization("fp4"), Quantization("int8")]
 NUM_TOKENS = 8
+INT8_TOLERANCE = 0.4
+SMOLLM2_INT8_TOLERANCE = 2.0
+EXACT = 1e-3
 MIXES = {"lora_mix": {"rank4": 0.7, "rank16": 0.6}, "dora_mix": {"dora": 0.5, "rank4": 0.4, "dora16": -0.3}}
 NAMES = ["rank4", "rank16", "patterns", "dora", "dora16", "embedding", "whole", "tokens"]
 
@@ -52,6 +55,18 @@ def in_full_precision(model: Any) -> Any:
     return full
 
 
+def row_by_row(model: Any) -> None:
+    """bitsandbytes' own int8 layers, each row given to them alone: with others it moves columns that are theirs."""
+    for layer in model.modules():
+        if type(layer).__name__ == "Linear8bitLt":
+            own = layer.forward
+
+            def forward(x: Any, own: Any = own) -> Any:
+                return torch.cat([own(row[None]) for row in x.flatten(0, -2)]).view(*x.shape[:-1], -1)
+
+            layer.forward = forward
+
+
 def without_quantization(config: Any) -> Any:
     config = copy.deepcopy(config)
     del config.quantization_config
@@ -66,6 +81,7 @@ class Case:
     slots: dict[str, dict[int, float]]
     references: dict[str, Any]
     tolerance: float
+    has_exact_rows: bool
 
 
 def write_torchao_folder(folder: Path, kind: str, seed: int) -> None:
@@ -126,8 +142,13 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
         slots[mix] = {slot: weight for name, weight in weights.items() for slot in slots[name]}
         deltas = [(weight, peft_adapters.merged_delta(full, models[name])) for name, weight in weights.items()]
         references[mix] = peft_adapters.with_deltas(full, deltas)
-    # int8 layers round their inputs: last bits decide, and differences grow over SmolLM2's 30 layers.
-    yield Case(runner, slots, references, tolerance=(1.5 if is_demo else 0.4) if quantization.kind == "int8" else 2e-3)
+    if quantization.kind == "int8":
+        for model in references.values():
+            row_by_row(model)
+    # In 8 bits inputs are rounded: a last bit can send a number the other way, and SmolLM2's 30 layers make of it what
+    # a change of its embeddings by 1e-6 makes (up to 2 in a log-probability). Rows where no number does so are exact.
+    tolerance = (SMOLLM2_INT8_TOLERANCE if is_demo else INT8_TOLERANCE) if quantization.kind == "int8" else 2e-3
+    yield Case(runner, slots, references, tolerance, has_exact_rows=is_demo)
     gc.collect()
 
 
@@ -140,6 +161,7 @@ def test_a_mixed_batch_equals_peft_row_by_row(case: Case) -> None:
     engine.start()
     outcomes = driver.wait()
     engine.close()
+    errors: list[float] = []
     for row, prompt, outcome in zip(case.slots, prompts, outcomes, strict=True):
         assert len(outcome.tokens) == NUM_TOKENS
         ids = torch.tensor([prompt + outcome.tokens[:-1]])
@@ -147,9 +169,12 @@ def test_a_mixed_batch_equals_peft_row_by_row(case: Case) -> None:
             logits = case.references[row](input_ids=ids).logits[0, len(prompt) - 1 :].float()
         found = torch.tensor(outcome.logprobs)
         wanted = logits.log_softmax(-1)[range(NUM_TOKENS), outcome.tokens]
+        errors.append(float((found - wanted).abs().max()))
+        print(f"{row}: off by {errors[-1]:.2g}")
         assert float((found - wanted).abs().max()) <= case.tolerance, row
         best = logits.max(-1).values - logits[range(NUM_TOKENS), outcome.tokens]
         assert float(best.max()) <= case.tolerance, row
+    assert not case.has_exact_rows or min(errors) <= EXACT
 
 
 def test_the_layout_that_is_fast_in_bfloat16_has_the_same_answers(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Attention over packed sequences, behind transformers' attention interface. The import surface of the package."""
 
 from server.engine.attention.copies import DecodeCopies
-from server.engine.attention.device import AttentionPlan, DeviceAttention, Span
+from server.engine.attention.device import NO_CONFIGS, AttentionPlan, DeviceAttention, Span, tune_attention
 from server.engine.attention.interface import ATTENTION_NAME, AttentionCall, AttentionStep, register, use_step
 from server.engine.attention.paged import AttentionGroup, PagedAttention
 from server.engine.attention.probe import AttentionProbe
@@ -9,6 +9,7 @@ from server.engine.attention.rotary import TOLERANCE, RotaryAttention, replace_a
 
 __all__ = [
     "ATTENTION_NAME",
+    "NO_CONFIGS",
     "TOLERANCE",
     "AttentionCall",
     "AttentionGroup",
@@ -22,5 +23,6 @@ __all__ = [
     "Span",
     "register",
     "replace_attention",
+    "tune_attention",
     "use_step",
 ]

@@ -1,21 +1,28 @@
 """Attention of packed tokens by kernels: what a step's kernels must know, in one tensor, and the step itself."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lora_core.ops.tuning import Tuner
 from server.engine.attention.interface import AttentionCall, Rotations
-from server.engine.kv_cache import KVCache
+from server.engine.kv_cache import KVCache, LayerShape
 
-__all__ = ["AttentionPlan", "DeviceAttention", "Span"]
+__all__ = ["NO_CONFIGS", "AttentionPlan", "DeviceAttention", "Span", "tune_attention"]
 
 FIELDS = 4
 # Queries of a prompt's tile, and programs that keep an accelerator busy while sequences decode.
 PROMPT_QUERIES = 16
 BUSY_PROGRAMS = 256
 MAX_SPLITS = 16
+ATTEND_OPTIONS = {"block_keys": (16, 32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (2, 3)}
+# What attention is measured on.
+TRIAL_SEQUENCES = 32
+TRIAL_LENGTH = 1_024
+NO_CONFIGS: Mapping[Hashable, Any] = MappingProxyType({})
 
 
 class Span(NamedTuple):
@@ -89,16 +96,19 @@ class DeviceAttention:
     Args:
         positions: [T] int64, where the new tokens' keys and values go in the pool; -1 for a token of nobody's.
         plan: the step's tiles.
+        configs: measured launch parameters (`tune_attention`).
     """
 
-    def __init__(self, cache: KVCache, positions: Tensor, plan: AttentionPlan) -> None:
+    def __init__(
+        self, cache: KVCache, positions: Tensor, plan: AttentionPlan, configs: Mapping[Hashable, Any] = NO_CONFIGS
+    ) -> None:
         from server.engine.attention import kernels  # noqa: PLC0415 - Triton is optional
 
         self._kernels: Any = kernels
         self._cache = cache
         self._positions = positions
         self._tiles = [
-            kernels.Tiles(fields, plan.blocks, num_queries, num_splits)
+            kernels.Tiles(fields, plan.blocks, num_queries, num_splits, configs)
             for fields, num_queries, num_splits in (
                 (plan.decoding, 1, plan.num_splits),
                 (plan.prompts, PROMPT_QUERIES, 1),
@@ -122,3 +132,49 @@ class DeviceAttention:
     def attend_joined(self, call: AttentionCall, heads: Tensor, num_kv_heads: int) -> Tensor:
         parts = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
         return self.attend(call, *parts)
+
+
+def tune_attention(
+    tuner: Tuner, layers: Iterable[tuple[LayerShape, int]], block_size: int, dtype: torch.dtype, device: torch.device
+) -> dict[Hashable, Any]:
+    """Measure the attention kernel on sequences made for it; returns the `configs` of a `DeviceAttention`.
+
+    Args:
+        layers: what each layer keeps of a token, and its number of query heads.
+    """
+    configs: dict[Hashable, Any] = {}
+    for shape, num_heads in sorted(set(layers), key=repr):
+        num_blocks = -(-TRIAL_LENGTH // block_size)
+        cache = KVCache([shape], 1 + num_blocks, block_size, dtype=dtype, device=device)
+        cache.zero(range(1, 1 + num_blocks))
+        blocks = range(1, 1 + num_blocks)
+        num_new = TRIAL_SEQUENCES * PROMPT_QUERIES
+        decoding = [Span(blocks, TRIAL_LENGTH - 1, 1)] * TRIAL_SEQUENCES
+        for spans in (decoding, [Span(blocks, TRIAL_LENGTH - num_new, num_new)]):
+            key, config = _tune_spans(tuner, cache, spans, num_heads)
+            configs[key] = config
+    return configs
+
+
+def _tune_spans(tuner: Tuner, cache: KVCache, spans: Sequence[Span], num_heads: int) -> tuple[Hashable, Any]:
+    """The best parameters for spans of one kind, and the key under which they are looked up."""
+    from server.engine.attention import kernels  # noqa: PLC0415 - Triton is optional
+
+    shape = cache.shape(0)
+    keys, values = cache.heads(0)
+    plan = AttentionPlan.of(spans, shape.num_kv_heads, cache.block_size, cache.device)
+    is_decoding = spans[0].num_tokens == 1
+    fields = plan.decoding if is_decoding else plan.prompts
+    num_queries, splits = (1, plan.num_splits) if is_decoding else (PROMPT_QUERIES, 1)
+    num_tokens = sum(span.num_tokens for span in spans)
+    query = torch.randn(num_tokens, num_heads, shape.key_dim, device=cache.device).to(keys.dtype)
+    out = query.new_empty(*query.shape[:2], shape.value_dim)
+    call = AttentionCall(0, shape.key_dim**-0.5)
+    key = (num_queries, num_heads // shape.num_kv_heads, shape.key_dim, shape.value_dim)
+
+    def run(config: Any) -> None:
+        tiles = kernels.Tiles(fields, plan.blocks, num_queries, splits, {key: config})
+        kernels.attend(call, query, keys, values, tiles, out)
+
+    name = f"attend {key}, {shape.num_kv_heads} heads, {keys.dtype}, blocks of {cache.block_size}"
+    return key, tuner.best(name, kernels.AttendConfig.default(out.element_size()), ATTEND_OPTIONS, run)

@@ -7,7 +7,8 @@ Scores and sums are float32; softmax is computed as the keys go by (Dao et al. 2
 sequences the keys are split over several programs, whose sums the last kernel joins.
 """
 
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 import triton
@@ -17,9 +18,22 @@ from torch import Tensor
 from lora_core.ops.triton import is_interpreted
 from server.engine.attention.interface import AttentionCall
 
-__all__ = ["Tiles", "attend", "store"]
+__all__ = ["AttendConfig", "Tiles", "attend", "store"]
 
 BLOCK_KEYS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class AttendConfig:
+    """Launch parameters of the attention kernel."""
+
+    block_keys: int
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def default(cls, itemsize: int) -> "AttendConfig":
+        return cls(BLOCK_KEYS if itemsize < 4 else BLOCK_KEYS // 2, 4, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +46,14 @@ class Tiles:
         blocks: [...] int32, block tables one after the other.
         num_queries: Q, a power of two.
         num_splits: parts that a tile's keys are split into.
+        configs: measured launch parameters, by (Q, heads of a group, D, Dv).
     """
 
     fields: Tensor
     blocks: Tensor
     num_queries: int
     num_splits: int
+    configs: Mapping[Hashable, AttendConfig] = field(default_factory=dict)
 
 
 def store(keys: Tensor, values: Tensor, positions: Tensor, key: Tensor, value: Tensor) -> None:
@@ -78,6 +94,8 @@ def attend(call: AttentionCall, query: Tensor, keys: Tensor, values: Tensor, til
     num_tiles, num_kv_heads, dim, value_dim = len(tiles.fields), keys.shape[0], query.shape[-1], values.shape[-1]
     group_size = query.shape[1] // num_kv_heads
     group_block = triton.next_power_of_2(group_size)
+    key = tiles.num_queries, group_size, dim, value_dim
+    config = tiles.configs.get(key) or AttendConfig.default(out.element_size())
     splits = tiles.num_splits
     parts, sums = out, out
     if splits > 1:
@@ -109,14 +127,14 @@ def attend(call: AttentionCall, query: Tensor, keys: Tensor, values: Tensor, til
         BLOCK_VALUE_DIM=max(16, triton.next_power_of_2(value_dim)),
         GROUP=group_block,
         ROWS=max(16, tiles.num_queries * group_block),
-        BLOCK_KEYS=BLOCK_KEYS if out.element_size() < 4 else BLOCK_KEYS // 2,
+        BLOCK_KEYS=config.block_keys,
         SPLITS=splits,
         HAS_WINDOW=call.window is not None,
         HAS_SOFTCAP=call.softcap is not None,
         HAS_SINKS=call.sinks is not None,
         WIDEN=is_interpreted(),
-        num_warps=4,
-        num_stages=2,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
     if splits > 1:
         _launch_join(parts, sums, tiles, out)

@@ -1,0 +1,203 @@
+"""Launch parameters that were measured: on the device at hand, for the shapes at hand, once, before anything is served.
+
+One parameter after another is tried while the others stay as they are (coordinate descent), from a default that is
+right everywhere; what was found is kept in a file for the next start. The file's name says for which device and which
+version of Triton it is, its keys for which kernel, shapes and dtype.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from lora_core.device_slots import AdapterTable
+from lora_core.maths import Folded
+from lora_core.ops.plan import NUM_ENTRIES, RANKS, RoutePlan, Tile, bucket_of
+from lora_core.transfer import DirectCopies
+
+__all__ = ["Tuner", "tune_adapters", "tuner_for"]
+
+Config = TypeVar("Config")
+SHRINK_OPTIONS = {"block_k": (64, 128, 256), "split_k": (1, 2, 4, 8, 16), "num_warps": (2, 4, 8), "num_stages": (2, 4)}
+EXPAND_OPTIONS = {"block_o": (32, 64, 128, 256), "num_warps": (2, 4, 8), "num_stages": (2, 4)}
+REPEATS = 20
+
+
+class Tuner:
+    """Finds the fastest parameters, or knows them from an earlier start.
+
+    Args:
+        path: where they are kept; a file that cannot be read counts as none.
+        time_s: seconds that a call takes on the device; infinity if it cannot be run.
+
+    Attributes:
+        num_measured: calls that were measured.
+    """
+
+    def __init__(self, path: Path, time_s: Callable[[Callable[[], object]], float]) -> None:
+        self._path = path
+        self._time_s = time_s
+        self.num_measured = 0
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError):
+            found = {}
+        self._known: dict[str, Any] = found if isinstance(found, dict) else {}
+
+    def best(
+        self, key: str, start: Config, options: Mapping[str, Sequence[int]], run: Callable[[Config], object]
+    ) -> Config:
+        """The parameters, a dataclass of whole numbers, with which `run` is fastest.
+
+        Args:
+            key: of the kernel, its shapes and dtype.
+            options: values to try, by field.
+        """
+        fields = asdict(start)  # type: ignore[call-overload]
+        known = self._known.get(key)
+        if isinstance(known, dict) and known.keys() == fields.keys() and all(type(v) is int for v in known.values()):
+            return type(start)(**known)
+        best, best_s = start, self._measure(run, start)
+        for name, values in options.items():
+            for value in values:
+                if value == getattr(best, name):
+                    continue
+                tried = replace(best, **{name: value})  # type: ignore[type-var]
+                seconds = self._measure(run, tried)
+                if seconds < best_s:
+                    best, best_s = tried, seconds
+        self._known[key] = asdict(best)  # type: ignore[call-overload]
+        return best
+
+    def save(self) -> None:
+        """Write what is known, if anything was measured; a folder that cannot be written is not an error."""
+        if not self.num_measured:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            new = self._path.with_suffix(f".{os.getpid()}.new")
+            new.write_text(json.dumps(self._known, indent=1, sort_keys=True))
+            new.replace(self._path)
+        except OSError:
+            return
+
+    def _measure(self, run: Callable[[Config], object], config: Config) -> float:
+        self.num_measured += 1
+        return self._time_s(lambda: run(config))
+
+
+def tuner_for(folder: Path, device: torch.device) -> Tuner:
+    """A tuner for a device whose findings are kept in a file of the folder."""
+    import triton  # noqa: PLC0415 - optional
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    file = re.sub(r"[^A-Za-z0-9.]+", "-", f"{name}-triton-{triton.__version__}") + ".json"
+    return Tuner(folder / file, _cuda_time_s if device.type == "cuda" else _wall_time_s)
+
+
+def _cuda_time_s(run: Callable[[], object]) -> float:
+    from triton.runtime.errors import OutOfResources  # noqa: PLC0415 - optional
+
+    try:
+        run()  # compiles
+    except OutOfResources:
+        return float("inf")
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(REPEATS):
+        run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / REPEATS
+
+
+def _wall_time_s(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def tune_adapters(
+    tuner: Tuner, table: AdapterTable, shapes: Iterable[tuple[int, tuple[int, ...]]], dtype: torch.dtype
+) -> None:
+    """Measure the adapters' kernels on layers of some shapes, with adapters made for it, and note what is best.
+
+    Args:
+        table: gets what was found, in `configs`.
+        shapes: in_features, and the out_features of layers that are computed together.
+        dtype: of inputs and adapters.
+    """
+    for shape in sorted(set(shapes)):
+        for rank in RANKS:
+            layer = _TrialLayers(*shape, rank, dtype, table.rows.device)
+            for tile_tokens, numbers in NUM_ENTRIES.items():
+                for num_entries in numbers:
+                    bucket = bucket_of(num_entries, tile_tokens, rank)
+                    table.configs[(*shape, *bucket)] = layer.tune(tuner, num_entries, tile_tokens)
+
+
+class _TrialLayers:
+    """Layers with one adapter in a table of their own."""
+
+    def __init__(
+        self, in_features: int, sizes: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        from lora_core.ops import triton as kernels  # noqa: PLC0415 - optional
+
+        self._kernels: Any = kernels
+        self._rank, self._dtype = rank, dtype
+        table = AdapterTable(len(sizes), 1, device)
+        self._parts = {
+            number: Folded(
+                torch.randn(rank, in_features, device=device).to(dtype),
+                torch.randn(rank, size, device=device).to(dtype),
+                None,
+            )
+            for number, size in enumerate(sizes)
+        }
+        table.write(0, self._parts, DirectCopies())
+        starts = [sum(sizes[:number]) for number in range(len(sizes))]
+        columns = torch.tensor([[*range(len(sizes))], starts, [*sizes]], dtype=torch.int32).to(device)
+        self._layers: Any = kernels.LayerTable(
+            table.rows,
+            columns[0],
+            columns[1],
+            columns[2],
+            out_features=sizes,
+            in_features=in_features,
+            is_aligned=all(number % 16 == 0 for number in (in_features, *sizes)),
+            configs={},
+        )
+
+    def tune(self, tuner: Tuner, num_entries: int, tile_tokens: int) -> Any:
+        """The `LaunchConfigs` that are fastest with so many full tiles."""
+        kernels, layers, rank = self._kernels, self._layers, self._rank
+        device, num_tokens = layers.rows.device, num_entries * tile_tokens
+        plan = RoutePlan(num_entries, num_entries, tile_tokens, device)
+        tokens = list(range(num_tokens))
+        plan.fill(
+            [Tile((0,), tokens[i : i + tile_tokens], [[1.0] * tile_tokens]) for i in range(0, num_tokens, tile_tokens)]
+        )
+        x = torch.randn(num_tokens, layers.in_features, device=device).to(self._dtype)
+        y = torch.zeros(num_tokens, sum(layers.out_features), dtype=self._dtype, device=device)
+        start = kernels.LaunchConfigs.default(plan, layers, rank, x.element_size())
+        key = (
+            f"{layers.in_features} to {layers.out_features}, {self._dtype}, rank {rank}, {num_entries} of {tile_tokens}"
+        )
+        shrink = tuner.best(
+            f"shrink {key}", start.shrink, SHRINK_OPTIONS, lambda config: kernels.shrink(x, layers, plan, rank, config)
+        )
+        h = kernels.shrink(x, layers, plan, rank, shrink)
+        expand = tuner.best(
+            f"expand {key}, split {shrink.split_k}",
+            start.expand,
+            EXPAND_OPTIONS,
+            lambda config: kernels.expand(y, h, layers, plan, None, config),
+        )
+        return kernels.LaunchConfigs(shrink, expand)
