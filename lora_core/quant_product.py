@@ -32,8 +32,8 @@ def quantized_form(layer: nn.Module) -> Hashable | None:
     if bits != 4:
         return None
     state = module.weight.quant_state
-    # A block of scales must not span two layers; scales that are quantized have an offset for each layer.
-    is_joinable = not state.nested and module.out_features * module.in_features % state.blocksize == 0
+    # Scales of blocks that span rows are read by the number of rows; those that are quantized have an offset a layer.
+    is_joinable = not state.nested and module.in_features % state.blocksize == 0
     form = 4, state.quant_type, state.blocksize, state.dtype, state.absmax.dtype, module.compute_dtype
     return form if is_joinable else (*form, id(layer))
 
