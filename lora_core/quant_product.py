@@ -72,6 +72,8 @@ class FourBitWeight:
         self._state = state
         self._compute_dtype: torch.dtype | None = cast(Any, layers[0]).compute_dtype
         self._values = weights[0].data if len(weights) == 1 else torch.cat([weight.data for weight in weights])
+        for weight in weights:
+            weight.module = None  # so that no cycle keeps a weight that was copied
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., I], bias [ΣO] -> [..., ΣO]."""
