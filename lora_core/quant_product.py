@@ -32,8 +32,8 @@ def quantized_form(layer: nn.Module) -> Hashable | None:
     if bits != 4:
         return None
     state = module.weight.quant_state
-    # A block of scales must not span two layers; scales that are quantized have an offset for each layer.
-    is_joinable = not state.nested and module.out_features * module.in_features % state.blocksize == 0
+    # Scales of blocks that span rows are read by the number of rows; those that are quantized have an offset a layer.
+    is_joinable = not state.nested and module.in_features % state.blocksize == 0
     form = 4, state.quant_type, state.blocksize, state.dtype, state.absmax.dtype, module.compute_dtype
     return form if is_joinable else (*form, id(layer))
 
@@ -72,6 +72,8 @@ class FourBitWeight:
         self._state = state
         self._compute_dtype: torch.dtype | None = cast(Any, layers[0]).compute_dtype
         self._values = weights[0].data if len(weights) == 1 else torch.cat([weight.data for weight in weights])
+        for weight in weights:
+            weight.module = None  # so that no cycle keeps a weight that was copied
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., I], bias [ΣO] -> [..., ΣO]."""

@@ -132,9 +132,13 @@ def test_a_row_of_int8_does_not_depend_on_the_others(dtype: torch.dtype) -> None
     assert weight(x[:0].view(0, 1, IN_FEATURES)).shape == (0, 1, 48)
 
 
-def test_layers_whose_blocks_would_span_two_stay_apart() -> None:
-    odd = [quantized("nf4", size, torch.float32, has_bias=False, in_features=24) for size in (3, 8)]
-    assert quantized_form(odd[0]) != quantized_form(odd[1])
-    even = [quantized("nf4", size, torch.float32, has_bias=False, in_features=24) for size in (8, 16)]
+def test_layers_whose_blocks_span_rows_stay_apart() -> None:
+    narrow = [quantized("nf4", size, torch.float32, has_bias=False, in_features=32) for size in (32, 16)]
+    assert quantized_form(narrow[0]) != quantized_form(narrow[1])
+    x = torch.randn(5, 32)
+    for layer in narrow:
+        with torch.inference_mode():
+            assert torch.equal(joined_weight([layer])(x), layer(x))
+    even = [quantized("nf4", size, torch.float32, has_bias=False, in_features=64) for size in (8, 16)]
     assert quantized_form(even[0]) == quantized_form(even[1])
     assert quantized_form(nn.Linear(4, 4)) is None
