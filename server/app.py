@@ -146,10 +146,7 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
     )
 
     def read(digest: str) -> FoldedAdapter:
-        try:
-            return loader.fold(*store.read(digest))
-        finally:
-            trim()  # files in float32 are four times what stays of them, on the heap of a thread that rarely comes back
+        return loader.fold(*store.read(digest))
 
     max_slot_bytes, max_host_bytes = _adapter_memory(settings, device)
     report(f"adapters: {max_slot_bytes >> 20} MiB in slots, {max_host_bytes >> 20} MiB in host memory")

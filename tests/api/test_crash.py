@@ -47,57 +47,79 @@ class Process:
         self._process.wait()
 
 
-def _upload_until_it_dies(
-    url: str, worker: int, folders: list[Path], acknowledged: dict[str, tuple[int, str, Path]]
-) -> None:
-    rng = random.Random()
-    with httpx.Client(base_url=url, timeout=30) as client:
-        while True:
-            name, folder = f"adapter-{worker}-{rng.randrange(3)}", rng.choice(folders)
-            files = [("files", (file_name, (folder / file_name).read_bytes())) for file_name in FILE_NAMES]
-            try:
-                response = client.post("/admin/adapters", data={"name": name}, files=files)
-            except httpx.TransportError:
-                return
-            if response.status_code == 201:
-                info = response.json()
-                acknowledged[name] = (info["generation"], info["digest"], folder)
+class Uploads:
+    """What was sent and what was answered. A name is one thread's, so at most one of its uploads is without answer.
+
+    Attributes:
+        acknowledged: for each name, the digest that the last answer named.
+        pending: for each name, the folder that was sent since.
+        digests: of the folders' content, where an answer has told it.
+    """
+
+    def __init__(self, folders: list[Path]) -> None:
+        self.folders = folders
+        self.acknowledged: dict[str, str] = {}
+        self.pending: dict[str, Path] = {}
+        self.digests: dict[Path, str] = {}
+
+    def run(self, url: str, worker: int) -> None:
+        """Upload until the server dies."""
+        rng = random.Random()
+        with httpx.Client(base_url=url, timeout=30) as client:
+            while True:
+                name, folder = f"adapter-{worker}-{rng.randrange(3)}", rng.choice(self.folders)
+                files = [("files", (file_name, (folder / file_name).read_bytes())) for file_name in FILE_NAMES]
+                self.pending[name] = folder
+                try:
+                    response = client.post("/admin/adapters", data={"name": name}, files=files)
+                except httpx.TransportError:
+                    return
+                del self.pending[name]
+                if response.status_code == 201:
+                    self.acknowledged[name] = self.digests[folder] = response.json()["digest"]
+                else:
+                    assert response.status_code == 429
+
+    def check(self, current: dict[str, str]) -> None:
+        """Each name stands for what was acknowledged last, or for what was sent since: new content, or old again."""
+        for name, digest in self.acknowledged.items():
+            sent = self.pending.get(name)
+            if sent is None or current[name] == digest:
+                assert current[name] == digest
+            elif sent in self.digests:
+                assert current[name] == self.digests[sent]
             else:
-                assert response.status_code == 429
+                assert current[name] not in self.digests.values()
+            self.acknowledged[name] = current[name]
+        self.pending.clear()
 
 
 @pytest.mark.slow
 def test_kill_9_during_uploads(tiny: tuple[Path, Any, dict[str, Path]], tmp_path: Path) -> None:
     model, _, by_name = tiny
-    folders = list(by_name.values())
-    acknowledged: dict[str, tuple[int, str, Path]] = {}
+    uploads = Uploads(list(by_name.values()))
     for _ in range(NUM_ROUNDS):
         process = Process(model, tmp_path)
-        listed = {a["name"]: a for a in httpx.get(f"{process.url}/admin/adapters").json()["adapters"]}
-        for name, (generation, digest, _) in acknowledged.items():
-            assert listed[name]["generation"] >= generation
-            if listed[name]["generation"] == generation:
-                assert listed[name]["digest"] == digest
-        threads = [
-            threading.Thread(target=_upload_until_it_dies, args=(process.url, worker, folders, acknowledged))
-            for worker in range(3)
-        ]
+        listed = httpx.get(f"{process.url}/admin/adapters").json()["adapters"]
+        uploads.check({adapter["name"]: adapter["digest"] for adapter in listed})
+        threads = [threading.Thread(target=uploads.run, args=(process.url, worker)) for worker in range(3)]
         for thread in threads:
             thread.start()
         time.sleep(random.uniform(0.2, 1.5))
         process.kill()
         for thread in threads:
             thread.join()
-    assert acknowledged
+    assert uploads.acknowledged
 
     store = AdapterStore(tmp_path)
     store.open()
     store.check_integrity()
-    for name, (generation, digest, folder) in acknowledged.items():
-        record = store.get(name)
-        if record.generation == generation:
-            assert record.digest == digest
-            assert store.read(digest) == tuple((folder / file_name).read_bytes() for file_name in FILE_NAMES)
+    uploads.check({record.name: record.digest for record in store.records()})
+    contents = {
+        digest: tuple((folder / file_name).read_bytes() for file_name in FILE_NAMES)
+        for folder, digest in uploads.digests.items()
+    }
     for record in store.records():
-        config, _ = store.read(record.digest)
+        config, weights = store.read(record.digest)
         assert json.loads(config)["peft_type"] == "LORA"
+        assert contents.get(record.digest, (config, weights)) == (config, weights)
