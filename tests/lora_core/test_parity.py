@@ -75,8 +75,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def close(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * max(float(wanted.abs().max()), 1.0))
+def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance * max(float(wanted.abs().max()), 1.0))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -133,7 +133,8 @@ def test_merging_equals_peft(variant: str, seed: int, tmp_path: Path) -> None:
     wanted = run(mine, inputs).detach()
     mine.merge_adapter(safe_merge=True)
     assert mine.merged_adapters == ["default"]
-    close(run(mine, inputs).detach(), wanted)
+    # T5 does not scale its scores down, so that the rounding of merged weights is amplified.
+    close(run(mine, inputs).detach(), wanted, 5e-5 if name == "t5" else 1e-5)
     mine.unmerge_adapter()
     after = mine.model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
