@@ -52,12 +52,6 @@ class Folded:
         bias = None if self.bias is None else self.bias.to(dtype)
         return Folded(self.a.to(dtype), self.b.to(dtype), gain, bias, self.dropout)
 
-    def clone(self) -> "Folded":
-        """Copies of the arrays."""
-        gain = None if self.gain is None else self.gain.clone()
-        bias = None if self.bias is None else self.bias.clone()
-        return Folded(self.a.clone(), self.b.clone(), gain, bias, self.dropout)
-
 
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """s·B·A, [O, I]."""

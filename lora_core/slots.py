@@ -216,18 +216,6 @@ class SlotBank:
             self._loaded[slot] = tuple(modules)
             self._forget_unused_layouts()
 
-    def read(self, slot: int) -> dict[str, Folded]:
-        """Copies of the arrays in a slot, by layer name.
-
-        Raises:
-            AdapterNotFoundError: the slot is empty.
-        """
-        with self._lock:
-            if slot not in self._loaded:
-                raise AdapterNotFoundError(f"slot {slot} is empty")
-            found = {name: self.layers[name].folded(slot) for name in self._loaded[slot]}
-            return {name: folded.clone() for name, folded in found.items() if folded is not None}
-
     def free(self, slot: int) -> None:
         """Empty a slot; its rows can be written again at once.
 

@@ -18,15 +18,12 @@ __all__ = ["bound_kernel_cache", "keep_freed", "return_freed", "trim"]
 # Of mallopt(3).
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
-M_ARENA_MAX = -8
 # Blocks from this size on go back to the system at once while models are read.
 SMALL_BLOCK_BYTES = 64 << 10
-# Blocks from this size on do so while steps run: more than a step's activations take, less than what stays for long.
-LARGE_BLOCK_BYTES = 4 << 20
-# What may lie unused at the end of a heap while steps run.
-KEPT_BYTES = 64 << 20
-# Threads share so many heaps; each keeps what its own threads have freed.
-NUM_HEAPS = 2
+# While steps run, from this size on, the largest that glibc takes.
+LARGE_BLOCK_BYTES = 32 << 20
+# What may lie unused at the end of a heap meanwhile.
+KEPT_BYTES = 256 << 20
 # oneDNN compiles a kernel per shape and keeps 1,024 of them, 200 MB and more when the number of rows keeps changing.
 # A step uses some ten.
 NUM_KERNELS = "128"
@@ -45,7 +42,6 @@ def bound_kernel_cache() -> None:
 def return_freed() -> None:
     """From here on, tensors' memory goes back to the system when they are freed."""
     if (library := _glibc()) is not None:
-        library.mallopt(M_ARENA_MAX, NUM_HEAPS)
         library.mallopt(M_MMAP_THRESHOLD, SMALL_BLOCK_BYTES)
 
 

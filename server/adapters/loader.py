@@ -1,6 +1,5 @@
 """From an adapter's two files to arrays in a slot: checking, folding, and the bridge to the engine's slots."""
 
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +19,6 @@ from lora_core import (
     parse_adapter,
 )
 from lora_core.checkpoint import non_finite_tensor
-from lora_core.maths import Folded
-from lora_core.slots import LayerSlots
 from server.adapters.report import import_report
 from server.adapters.tiers import HostAdapter
 from server.errors import InvalidAdapterError
@@ -29,14 +26,9 @@ from server.errors import InvalidAdapterError
 __all__ = ["AdapterLoader", "BankSlots", "FoldedAdapter"]
 
 
-@dataclass(slots=True, weakref_slot=True)
+@dataclass(frozen=True, slots=True)
 class FoldedAdapter:
-    """An adapter folded for the served model (`HostAdapter`).
-
-    Attributes:
-        modules: arrays by layer name; without those that are in a slot, while `BankSlots` holds them there only.
-        num_bytes: of all arrays, wherever they are.
-    """
+    """An adapter folded for the served model (`HostAdapter`): arrays by layer name."""
 
     modules: Mapping[str, Part]
     num_bytes: int
@@ -141,17 +133,10 @@ def _rank(adapter: AdapterWeights) -> int:
 
 
 class BankSlots:
-    """The engine's slots as the registry sees them (`SlotStore`).
-
-    Slots in host memory hold an adapter's arrays alone: they go back into the adapter, if anybody has it still, when
-    the slot is freed. Calls come one at a time.
-    """
+    """The engine's slot bank as the registry sees it (`SlotStore`)."""
 
     def __init__(self, bank: ModelSlots) -> None:
         self._bank = bank
-        layers = bank.layers.values()
-        self._is_host_memory = all(isinstance(one, LayerSlots) and one.a.device.type == "cpu" for one in layers)
-        self._lenders: dict[int, weakref.ref[FoldedAdapter]] = {}
 
     @property
     def max_slots(self) -> int:
@@ -164,12 +149,6 @@ class BankSlots:
     def load(self, slot: int, adapter: HostAdapter) -> None:
         assert isinstance(adapter, FoldedAdapter)
         self._bank.load(slot, adapter.modules)
-        if self._is_host_memory:
-            self._lenders[slot] = weakref.ref(adapter)
-            adapter.modules = {name: part for name, part in adapter.modules.items() if not isinstance(part, Folded)}
 
     def free(self, slot: int) -> None:
-        lender = self._lenders.pop(slot)() if slot in self._lenders else None
-        if lender is not None:
-            lender.modules = {**lender.modules, **self._bank.read(slot)}
         self._bank.free(slot)
