@@ -100,11 +100,11 @@ def _apply_gains(
         gain = sum(weight * a.gain for weight, a in wanted if a.gain is not None)
         bias = sum(weight * a.bias for weight, a in wanted if a.bias is not None)
         rows = y[start:stop]
-        if isinstance(gain, Tensor) and torch.is_grad_enabled():
+        if isinstance(gain, Tensor) and (torch.is_grad_enabled() or gain.dtype != y.dtype):
             base = rows.clone() if base_bias is None else rows - base_bias  # autograd keeps it, and rows change
             bias = bias + base * gain
         elif isinstance(gain, Tensor):
-            rows.addcmul_(rows if base_bias is None else rows - base_bias, gain.to(y.dtype))
+            rows.addcmul_(rows if base_bias is None else rows - base_bias, gain)
         if isinstance(bias, Tensor):
             rows += bias.to(y.dtype)
         start = stop

@@ -36,14 +36,6 @@ LONG: dict[str, Any] = {"max_new_tokens": 40, "ignore_eos": True, "stop_token_id
 WEIGHTS: list[dict[int, float]] = [{}, {0: 1.0}, {1: 1.0}, {0: 0.5, 1: -0.7}]
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    value = random.SystemRandom().randrange(1 << 30)
-    print(f"seed {value}")
-    random.seed(value)
-    torch.manual_seed(value)
-
-
 @pytest.fixture(scope="module")
 def runners() -> tuple[ModelRunner, ModelRunner]:
     """One that reads each step before the next, and one that runs ahead; with the same adapters."""

@@ -2,7 +2,6 @@
 
 import random
 
-import pytest
 import torch
 
 from server.engine.attention.copies import DecodeCopies
@@ -10,15 +9,6 @@ from server.engine.kv_cache import KVCache, LayerShape
 
 BLOCK_SIZE, NUM_BLOCKS, DIM = 4, 200, 8
 SHAPES = [LayerShape(2, DIM, DIM), LayerShape(1, DIM, DIM)]
-
-
-@pytest.fixture
-def rng() -> random.Random:
-    """A fresh seed each time; a failure prints it."""
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
-    return random.Random(seed)
 
 
 class Sequence:
@@ -101,25 +91,24 @@ class World:
                         assert torch.equal(heads[:, : sequence.length], truth[:, : sequence.length])
                         assert heads.isfinite().all()
 
+    def run(self, num_steps: int, max_running: int, leaving: float) -> None:
+        """Steps between which sequences join, up to so many, and leave, with such a probability."""
+        for _ in range(num_steps):
+            while len(self.running) < 2 or (len(self.running) < max_running and self.rng.random() < 0.3):
+                self.join()
+            self.step()
+            if self.rng.random() < leaving:
+                self.leave()
 
-def test_copies_hold_what_the_cache_holds(rng: random.Random) -> None:
-    world = World(rng, max_bytes=1 << 30)
-    for _ in range(120):
-        while len(world.running) < 2 or (len(world.running) < 9 and rng.random() < 0.3):
-            world.join()
-        world.step()
-        if rng.random() < 0.3:
-            world.leave()
+
+def test_copies_hold_what_the_cache_holds(seed: int) -> None:
+    world = World(random.Random(seed), max_bytes=1 << 30)
+    world.run(120, max_running=9, leaving=0.3)
     assert world.num_copied >= 120
 
 
-def test_a_copy_that_does_not_fit_is_not_made(rng: random.Random) -> None:
+def test_a_copy_that_does_not_fit_is_not_made(seed: int) -> None:
     bytes_per_token = KVCache.bytes_per_token(SHAPES, torch.float32)
-    world = World(rng, max_bytes=bytes_per_token * 3 * 40)
-    for _ in range(60):
-        while len(world.running) < 2 or (len(world.running) < 6 and rng.random() < 0.3):
-            world.join()
-        world.step()
-        if rng.random() < 0.4:
-            world.leave()
+    world = World(random.Random(seed), max_bytes=bytes_per_token * 3 * 40)
+    world.run(60, max_running=6, leaving=0.4)
     assert 0 < world.num_copied < 120

@@ -40,14 +40,6 @@ CONFIG = EngineConfig(
 CLOSE = 1e-4
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    value = random.SystemRandom().randrange(1 << 30)
-    print(f"seed {value}")
-    random.seed(value)
-    torch.manual_seed(value)
-
-
 CALLS: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"window": 7},

@@ -1,6 +1,5 @@
 """A model that is quantized while it is loaded is never in memory in full precision."""
 
-import re
 import subprocess
 import sys
 import time
@@ -8,6 +7,8 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tests.process_memory import anonymous_bytes
 
 SCRIPT = """
 import sys
@@ -27,15 +28,6 @@ runner = load_runner(
 )
 print(runner.model.get_memory_footprint())
 """
-
-
-def anonymous_bytes(pid: int) -> int:
-    """What a process allocates and touches, without the files that it maps; 0 once it has ended."""
-    try:
-        found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return int(found[1]) * 1024 if found else 0
 
 
 def load(folder: Path, kind: str, dtype: str) -> tuple[int, int]:

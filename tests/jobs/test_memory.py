@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from server.jobs.process import WorkProcess
 from tests import peft_adapters
-from tests.engine.test_quantized_memory import anonymous_bytes
+from tests.process_memory import anonymous_bytes
 from tests.tiny_folder import VOCABULARY, tiny_tokenizer
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

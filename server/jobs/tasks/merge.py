@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from server.jobs.tasks.base_model import file_keys, open_base
 __all__ = ["run"]
 
 SHARD_BYTES = 1 << 30
-HEADER_BYTES = 512  # of each tensor in a shard's header
+HEADER_BYTES = 512  # at most, of each tensor in a shard's header beside its name
 # Names of dtypes in safetensors files.
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -67,7 +67,7 @@ def run(task: Mapping[str, Any], report: Callable[[str, float], None]) -> dict[s
             else:
                 yield key, tensors[key] if key in tensors else _input_embedding(tensors, keys, bare)
 
-    num_shards = _write_shards(merged(), out, len(order))
+    num_shards = _write_shards(merged(), out, order)
     return {"num_tensors_changed": len(changed), "num_shards": num_shards, "unties_embeddings": unties}
 
 
@@ -118,14 +118,15 @@ class _Shard:
     """A safetensors file that is written tensor by tensor, which no library does: its header fills room that was left.
 
     Args:
-        max_tensors: that it will hold.
+        names: of all tensors that may come.
     """
 
-    def __init__(self, path: Path, max_tensors: int) -> None:
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
         self._file = path.open("wb")
         self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        # Of names no longer than that. The format lets spaces fill the header up; tensors begin at a multiple of 8.
-        self._header_bytes = HEADER_BYTES * (max_tensors + 1)
+        # The format lets spaces fill the header up; tensors begin at a multiple of 8.
+        room = HEADER_BYTES * (len(names) + 1) + sum(len(json.dumps(name)) for name in names)
+        self._header_bytes = -(-room // 8) * 8
         self._file.seek(8 + self._header_bytes)
         self.num_bytes = 0
         self.keys: list[str] = []
@@ -143,18 +144,17 @@ class _Shard:
 
     def close(self) -> None:
         header = json.dumps(self._header).encode()
-        assert len(header) <= self._header_bytes
         with self._file:
             self._file.seek(0)
             self._file.write(self._header_bytes.to_bytes(8, "little") + header.ljust(self._header_bytes))
 
 
-def _write_shards(tensors: Iterator[tuple[str, Tensor]], out: Path, num_tensors: int) -> int:
+def _write_shards(tensors: Iterator[tuple[str, Tensor]], out: Path, names: Sequence[str]) -> int:
     """Write shards of about SHARD_BYTES, and their index if there are several; returns their number."""
     shards: list[_Shard] = []
     for key, value in tensors:
         if not shards or shards[-1].num_bytes >= SHARD_BYTES:
-            shards.append(_Shard(out / f"shard{len(shards)}", num_tensors))
+            shards.append(_Shard(out / f"shard{len(shards)}", names))
         shards[-1].add(key, value)
         if shards[-1].num_bytes >= SHARD_BYTES:
             shards[-1].close()
