@@ -381,3 +381,16 @@ def test_a_module_runs_once_for_all_who_have_nothing_of_their_own_there(settings
             torch.testing.assert_close(mixed[row], plain[row], **close)
         alone = run(model, inputs, adapter_names=["own"] * 5)
         torch.testing.assert_close(mixed[4], alone[4], **close)
+
+
+def test_a_half_precision_dora_layer_gives_the_same_with_and_without_autograd(seed: int) -> None:
+    base = nn.Sequential(nn.Linear(64, 48)).bfloat16()
+    config = LoraConfig(r=4, target_modules=["0"], use_dora=True, init_lora_weights=False)
+    model = LoraModel(base, config).model  # its gain is float32, its base is not
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1 + 2 * torch.rand_like(parameter)  # far from 1
+    x = torch.randn(9, 64).bfloat16()
+    with torch.no_grad():
+        alone = model(x)
+    assert torch.equal(model(x).detach(), alone)
