@@ -238,11 +238,12 @@ class SlotBank:
             self.layers = {**self.layers, name: layer}
 
     def check_integrity(self) -> None:
-        """Assert that extents are disjoint, inside their arenas, and belong to loaded slots."""
-        for name, layer in self.layers.items():
-            layer.check_integrity()
-            for slot in layer.layout.extents:
-                assert name in self._loaded[slot], f"{name}: slot {slot} is not loaded"
+        """Assert that extents are disjoint, inside their arenas, and belong to loaded slots; on any thread."""
+        with self._lock:
+            for name, layer in self.layers.items():
+                layer.check_integrity()
+                for slot in layer.layout.extents:
+                    assert name in self._loaded.get(slot, ()), f"{name}: slot {slot} is not loaded"
 
     def _layout(self, extents: Mapping[int, Extent]) -> Layout:
         key = tuple(sorted(extents.items()))

@@ -231,3 +231,27 @@ def test_loading_beside_a_forward_pass_changes_no_output(segment_rows: int, monk
     stop.set()
     thread.join()
     assert wrong == []
+
+
+def test_books_can_be_checked_while_adapters_come_and_go() -> None:
+    bank = new_bank()
+    wrong: list[BaseException] = []
+    stop = threading.Event()
+
+    def check() -> None:
+        while not stop.is_set() and not wrong:
+            try:
+                bank.check_integrity()
+            except BaseException as error:  # noqa: BLE001 - the assertion below shows it
+                wrong.append(error)
+
+    thread = threading.Thread(target=check)
+    thread.start()
+    for _ in range(300):
+        bank.load(1, adapter(dict.fromkeys(SHAPES, 4)))
+        bank.load(3, adapter({"q": 2, "up": 7}))
+        bank.free(1)
+        bank.free(3)
+    stop.set()
+    thread.join()
+    assert wrong == []
