@@ -295,16 +295,21 @@ class LoraLayer(AdapterModule):
         part = self.effective(name)
         return weight_change(part, self.scaling[name], None if part.magnitude is None else self.matrix())
 
-    def merged_parameters(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = {}
+    def merged_matrix(self, weights: Mapping[str, float]) -> Tensor | None:
+        """[O, I], half precision as float32: the base weight and so much of each adapter; None if none changes it."""
         matrix = None
-        bias = None if self.bias is None else self.bias.detach()
         for name, weight in weights.items():
             if self.has_factors(name):
                 if matrix is None:
                     matrix = self.matrix().detach()
                     matrix = matrix.float() if matrix.dtype in HALF else matrix
                 matrix = self._plus_delta(matrix, name, weight)
+        return matrix
+
+    def merged_parameters(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
+        bias = None if self.bias is None else self.bias.detach()
+        for name, weight in weights.items():
             change = self._bias_change(name)
             if change is not None:
                 if bias is None:
@@ -312,6 +317,7 @@ class LoraLayer(AdapterModule):
                         "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
                     )
                 bias = out["bias"] = (bias + weight * change).to(self.bias.dtype)
+        matrix = self.merged_matrix(weights)
         if matrix is not None:
             out["weight"] = self.stored(matrix)
         return out

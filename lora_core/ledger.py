@@ -22,7 +22,7 @@ class TensorGroup(NamedTuple):
 
     Attributes:
         tensors: the kind: PEFT's name of a part ("lora_A", ...), or "base weight", or "full weight". In a file that was
-            refused as it was read also "other", for keys of no known kind, and "file", if it holds no tensors at all.
+            refused as it was read also "other", for keys of no known kind, and "file", if none can be read of it.
         outcome: "used" as it is, "folded" with others into what serving needs, "converted" first, or "refused".
         names: modules, or keys of full weights, in the file's order.
     """

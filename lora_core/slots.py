@@ -23,6 +23,8 @@ from lora_core.maths import Folded
 __all__ = ["Extent", "LayerSlots", "Layout", "SlotBank", "SlotsOfLayer"]
 
 ROW_QUANTUM = 16
+# An arena that is full grows by so much: rarely, for all of it is copied, and not far beyond what is needed.
+GROWTH = 1.25
 
 
 class Extent(NamedTuple):
@@ -118,7 +120,7 @@ class LayerSlots:
         start = self.layout.find_gap(folded.rank)
         extent = Extent(start, folded.rank, folded.gain is not None, folded.bias is not None)
         if extent.stop > self.a.shape[0]:
-            self._resize(max(extent.stop, 2 * self.a.shape[0]))
+            self._resize(max(extent.stop, round(GROWTH * self.a.shape[0])))
         self.a[extent.start : extent.stop].copy_(folded.a)
         self.b[extent.start : extent.stop].copy_(folded.b)
         self.gain = self._write_vector(self.gain, slot, folded.gain)

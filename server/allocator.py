@@ -13,11 +13,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["bound_kernel_cache", "keep_freed", "return_freed", "trim"]
+__all__ = ["keep_freed", "return_freed", "settle_memory", "trim"]
 
 # Of mallopt(3).
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
+M_ARENA_MAX = -8
 # Blocks from this size on go back to the system at once while models are read.
 SMALL_BLOCK_BYTES = 64 << 10
 # While steps run, from this size on, the largest that glibc takes.
@@ -34,9 +35,15 @@ def _glibc() -> ctypes.CDLL | None:
     return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
 
 
-def bound_kernel_cache() -> None:
-    """Let oneDNN keep fewer compiled kernels, unless the environment says how many; before its first one is made."""
+def settle_memory() -> None:
+    """For a process that serves, before it loads a model: one heap for all threads, and fewer compiled kernels.
+
+    A heap per thread keeps what that thread has freed from the others, and is made of pieces of 64 MiB, which large
+    tensors fill badly. What the environment says of either is left as it is.
+    """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", NUM_KERNELS)
+    if (library := _glibc()) is not None and "MALLOC_ARENA_MAX" not in os.environ:
+        library.mallopt(M_ARENA_MAX, 1)
 
 
 def return_freed() -> None:

@@ -19,7 +19,7 @@ from server.adapters.loader import AdapterLoader, BankSlots, FoldedAdapter
 from server.adapters.registry import AdapterRegistry
 from server.adapters.service import AdapterService
 from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterStore
-from server.allocator import bound_kernel_cache, trim
+from server.allocator import settle_memory, trim
 from server.api.access_log import AccessLog
 from server.api.authentication import Authentication
 from server.api.draining import DrainGate
@@ -100,7 +100,7 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
     Raises:
         ServerError: the model, the store or a named adapter cannot be used; says which and why.
     """
-    bound_kernel_cache()
+    settle_memory()
     keys, audit = _access(settings)
     num_threads = settings.threads or torch.get_num_threads()
     path, model_id = _model_path(settings, report)

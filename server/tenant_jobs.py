@@ -19,7 +19,7 @@ __all__ = ["CallerJobs"]
 # The others read folders of the server's disk, write models of gigabytes or run the model for minutes.
 TENANT_KINDS = frozenset({"convert", "import", "mix", "verify"})
 # They name folders of the server's disk, or what it reads with its own credentials.
-SERVERS_OPTIONS = ("path", "initial_path", "url")
+SERVERS_OPTIONS = ("path", "initial_path", "original_path", "url")
 
 
 class CallerJobs:

@@ -40,3 +40,27 @@ def test_freed_memory_goes_back_while_loading_and_at_a_trim_and_stays_between_st
     assert while_loading <= 10  # the eight that are left, and what Python took
     assert between_steps >= -1
     assert trimmed <= -6
+
+
+def test_threads_of_a_server_share_one_heap() -> None:
+    script = """
+import threading
+from pathlib import Path
+from server.allocator import settle_memory
+
+settle_memory()
+kept, done = [], threading.Barrier(5)
+
+def work():
+    kept.append([bytes(40_000) for _ in range(50)])
+    done.wait()
+
+for _ in range(4):
+    threading.Thread(target=work).start()
+done.wait()
+heap_of_thread_bytes = 64 << 20
+lines = Path("/proc/self/maps").read_text().splitlines()
+starts = [int(line.partition("-")[0], 16) for line in lines if " rw-p 00000000 00:00 0" in line]
+print(sum(start % heap_of_thread_bytes == 0 for start in starts))
+"""
+    assert int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout) == 0

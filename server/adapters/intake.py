@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Protocol
 from server.adapters.archive import ArchiveLimits, read_adapter_archive
 from server.adapters.loader import AdapterLoader
 from server.adapters.objects import CONFIG_NAME, FILE_NAMES, INITIAL_NAME, WEIGHTS_NAME
-from server.adapters.report import refusal_report
+from server.adapters.report import file_report, folder_report
 from server.durable import copy_stream
 from server.errors import InvalidAdapterError, OverloadedError, ServerError
 
@@ -70,7 +70,15 @@ class AdapterIntake:
 
     def from_archive(self, archive: BinaryIO) -> Fill:
         """From a zip, tar or tar.gz of the adapter's folder."""
-        return lambda folder: read_adapter_archive(archive, folder, self._limits)
+
+        def fill(folder: Path) -> None:
+            try:
+                read_adapter_archive(archive, folder, self._limits)
+            except InvalidAdapterError as error:
+                error.details |= {"report": file_report("archive", error.message)}
+                raise
+
+        return fill
 
     def from_folder(self, source: Path) -> Fill:
         """From a folder of this machine, named by whoever runs the server.
@@ -79,9 +87,9 @@ class AdapterIntake:
             InvalidAdapterError: it does not hold the two files.
         """
         if not _has_files(source):
-            raise InvalidAdapterError(
-                f"{source} does not hold {CONFIG_NAME} and {WEIGHTS_NAME}", code="adapter_files_missing"
-            )
+            message = f"{source} does not hold {CONFIG_NAME} and {WEIGHTS_NAME}"
+            details = {"report": folder_report(source, message)}
+            raise InvalidAdapterError(message, code="adapter_files_missing", details=details)
         folders = [Path(), *([Path(INITIAL_NAME)] if _has_files(source / INITIAL_NAME) else [])]
 
         def fill(folder: Path) -> None:
@@ -120,8 +128,7 @@ class AdapterIntake:
                 )
         except ServerError as error:
             if error.kind == InvalidAdapterError.kind and "report" not in error.details:
-                config, weights = ((folder / name).read_bytes() for name in FILE_NAMES)
-                error.details |= {"report": refusal_report(config, weights, error.message)}
+                error.details |= {"report": folder_report(folder, error.message)}
             raise
         return plain, details
 

@@ -1,12 +1,16 @@
 """The import report: what became of each group of an adapter's tensors, as answers show it."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from lora_core.checkpoint import PICKLE_NAME
 from lora_core.ledger import TensorGroup
 from lora_core.refusal import refused_groups
+from server.adapters.objects import CONFIG_NAME, WEIGHTS_NAME
+from server.errors import InvalidAdapterError
 
-__all__ = ["Report", "import_report", "refusal_report"]
+__all__ = ["Report", "file_report", "folder_report", "import_report", "refused_file"]
 
 Report = list[dict[str, Any]]
 
@@ -37,6 +41,20 @@ def import_report(groups: Iterable[TensorGroup]) -> Report:
     return shown + list(others.values())
 
 
-def refusal_report(config_json: bytes, weights: bytes, reason: str) -> Report:
-    """That of two files that were refused before their tensors could be looked at."""
-    return import_report(refused_groups(config_json, weights, reason))
+def folder_report(folder: Path, reason: str) -> Report:
+    """That of a folder that was refused before its tensors could be looked at, or without regard to them."""
+    config, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+    if not weights.is_file():
+        return file_report(PICKLE_NAME if (folder / PICKLE_NAME).exists() else WEIGHTS_NAME, reason)
+    config_json = config.read_bytes() if config.is_file() else b""
+    return import_report(refused_groups(config_json, weights.read_bytes(), reason))
+
+
+def file_report(name: str, reason: str) -> Report:
+    """That of a file that holds no tensors, or none that are read."""
+    return import_report([TensorGroup("file", "refused", reason, (name,))])
+
+
+def refused_file(name: str, message: str, code: str) -> InvalidAdapterError:
+    """The error for a file that is refused as a whole, or missing."""
+    return InvalidAdapterError(message, code=code, details={"report": file_report(name, message)})

@@ -12,7 +12,8 @@ from starlette.exceptions import HTTPException
 
 from server.adapters.objects import CONFIG_NAME, FILE_NAMES, INITIAL_NAME, WEIGHTS_NAME
 from server.adapters.record import AdapterRecord, Publication
-from server.errors import InvalidAdapterError, InvalidRequestError
+from server.adapters.report import refused_file
+from server.errors import InvalidRequestError
 from server.tenancy import CallerAdapters
 
 __all__ = ["OPENAPI_BODY", "UploadForm", "read_upload_form"]
@@ -74,17 +75,20 @@ class UploadForm:
         own, initial = set(FILE_NAMES), {f"{INITIAL_NAME}/{name}" for name in FILE_NAMES}
         if names in (own, own | initial):
             return adapters.upload_files(self.name, self.files, self.publication)
-        if any(name.lower().endswith(PICKLE_SUFFIXES) for name in names):
-            raise InvalidAdapterError(
+        pickle = next((name for name in sorted(names) if name.lower().endswith(PICKLE_SUFFIXES)), None)
+        if pickle is not None:
+            raise refused_file(
+                pickle,
                 "pickle files can run code and are not read; save the adapter with `safe_serialization=True`",
-                code="adapter_pickle",
+                "adapter_pickle",
             )
         if len(names) == 1 and not names & (own | initial):
             return adapters.upload_archive(self.name, next(iter(self.files.values())), self.publication)
-        raise InvalidAdapterError(
+        raise refused_file(
+            min(own - names or names - own),
             f"send {CONFIG_NAME} and {WEIGHTS_NAME}, both of them again as `{INITIAL_NAME}` if need be, or one archive "
             "of the folder",
-            code="adapter_files_missing",
+            "adapter_files_missing",
         )
 
 

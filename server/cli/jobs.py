@@ -15,6 +15,10 @@ app = typer.Typer(help="Long work on adapters: look at it, wait for it, end it, 
 JobId = Annotated[str, typer.Argument(metavar="JOB")]
 NewName = Annotated[str, typer.Argument(metavar="NAME", help="Of the new adapter.")]
 Wait = Annotated[bool, typer.Option(help="Until it has ended; else it goes on without you.")]
+OriginalPath = Annotated[
+    str | None,
+    typer.Option("--original-path", help="The unquantized model's folder, if the base's own files are quantized."),
+]
 Note = Annotated[str | None, typer.Option("--note", help="Kept with the new generation.")]
 
 
@@ -45,13 +49,15 @@ def mix(
 def merge(
     adapter: Annotated[list[str], typer.Argument(metavar="ADAPTER[=WEIGHT]...")],
     safe_merge: Annotated[bool, typer.Option(help="Look for values that are not finite.")] = True,
+    original_path: OriginalPath = None,
     wait: Wait = True,
     url: ServerUrl = None,
     api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Merge adapters into the base: a model folder of its own, on the server."""
-    _run("merge", {"adapters": _sources(adapter), "safe_merge": safe_merge}, wait, url, api_key, as_json)
+    options = {"adapters": _sources(adapter), "safe_merge": safe_merge, "original_path": original_path}
+    _run("merge", options, wait, url, api_key, as_json)
 
 
 def convert(
@@ -60,6 +66,7 @@ def convert(
     rank: Annotated[
         int | None, typer.Option("--rank", help="DoRA becomes LoRA of this rank, as near as that goes.")
     ] = None,
+    original_path: OriginalPath = None,
     note: Note = None,
     wait: Wait = True,
     url: ServerUrl = None,
@@ -67,7 +74,8 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Turn an adapter into plain LoRA."""
-    _run("convert", {"adapter": adapter, "name": name, "rank": rank, "note": note}, wait, url, api_key, as_json)
+    options = {"adapter": adapter, "name": name, "rank": rank, "original_path": original_path, "note": note}
+    _run("convert", options, wait, url, api_key, as_json)
 
 
 def loftq(
@@ -83,6 +91,7 @@ def loftq(
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", help="A text of the kind that is asked. Repeatable.")
     ] = None,
+    original_path: OriginalPath = None,
     judge: Annotated[bool, typer.Option(help="Keep only the modules that help on these texts.")] = True,
     compensation: Annotated[
         bool, typer.Option("--compensation", help="Not a start for training, but an adapter to mix into requests.")
@@ -95,8 +104,9 @@ def loftq(
 ) -> None:
     """Make an adapter of what quantizing the base took from it."""
     if compensation and (adapter or target_module or not judge):
-        raise typer.BadParameter("--compensation goes with --rank, --quantization and --prompt only")
+        raise typer.BadParameter("--compensation goes with --rank, --quantization, --prompt and --original-path only")
     options = {"name": name, "rank": rank, "quantization": quantization, "prompts": prompt, "note": note}
+    options["original_path"] = original_path
     if not compensation:
         options |= {"adapter": adapter, "target_modules": target_module, "judge": judge}
     _run("loftq-compensation" if compensation else "loftq", options, wait, url, api_key, as_json)

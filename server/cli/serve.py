@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ __all__ = ["serve"]
 
 DEFAULTS = Settings()
 LAST_ANSWERS_S = 5  # for answers that are on their way when all work has ended
+# The engine lets go of the interpreter at every operator, and then waits so long for a thread that computes in Python.
+SWITCH_INTERVAL_S = 0.0005
 
 
 def serve(
@@ -155,7 +158,7 @@ def _serve(settings: Settings) -> None:
         from server.drain import DrainingServer  # noqa: PLC0415
 
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     if settings.allow_open and settings.keys is None:
         report(f"[yellow]listening on {settings.host} without keys: whoever can reach it can do everything")
     try:

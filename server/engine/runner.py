@@ -32,7 +32,7 @@ __all__ = ["EngineConfig", "ModelRunner", "load_runner"]
 
 
 # Memory for `DecodeCopies`, as a share of the cache's.
-COPY_SHARE = 0.25
+COPY_SHARE = 0.5
 # Memory for the cache on CUDA unless it is set, as a share of what is free beside the weights.
 KV_SHARE = 0.7
 

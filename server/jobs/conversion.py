@@ -13,7 +13,7 @@ class ConversionProcess:
     """Makes adapters of changed bases plain ones; may be called from several threads.
 
     Args:
-        base: folder of the unquantized base model.
+        base: folder of the base model; starting values can be computed from it unless its files are quantized.
     """
 
     def __init__(self, base: Path, make_process: Callable[[], WorkProcess] = WorkProcess) -> None:

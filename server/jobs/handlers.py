@@ -15,6 +15,7 @@ from server.adapters.store import AdapterRecord, AdapterStore
 from server.durable import rename, storage_errors, sync_file, sync_folder
 from server.errors import InvalidRequestError
 from server.failpoints import failpoint
+from server.jobs.original import require_unquantized
 from server.jobs.process import WorkProcess
 from server.jobs.record import JobRecord
 
@@ -25,8 +26,11 @@ PUBLICATION_OPTIONS = ("name", "expected_generation", "promote", "labels", "note
 # Of a mix, what is no option of `add_weighted_adapter`; of the other kinds, what the work needs as it is.
 NOT_FOR_MIXING = (*PUBLICATION_OPTIONS, "adapters", "seed")
 TASK_OPTIONS = ("judge", "prompts", "rank", "repo", "revision", "safe_merge", "target_modules", "url")
+FOLDER_OPTIONS = ("path", "initial_path", "original_path")
 # Kinds of jobs that are about what quantizing the base took, and the forms of a base for which they can tell.
 FOR_QUANTIZED = ("loftq", "loftq-compensation")
+# Those that compare with the weights as they were trained; the other kinds are content with quantized ones.
+NEED_ORIGINAL = (*FOR_QUANTIZED, "extract")
 KNOWN_FORMS = ("nf4", "fp4", "int8")
 
 
@@ -53,7 +57,7 @@ class AdapterJobs:
     """The kinds of jobs; fits the queue's `JobHandler`.
 
     Args:
-        base: folder of the unquantized base model.
+        base: folder of the base model; its files may be quantized.
         exports: where merged models go, one folder each.
         imports: resolves the paths in jobs.
         allow_hub: adapters may be fetched from the Hugging Face hub.
@@ -89,9 +93,11 @@ class AdapterJobs:
         """See `JobHandler.resolve`."""
         if options.get("name"):
             self._adapters.check_name(options["name"])
-        for key in ("path", "initial_path", "original_path"):
-            if options.get(key):
-                self._imports.folder(options[key])
+        folders = {key: self._imports.folder(options[key]) for key in FOLDER_OPTIONS if options.get(key)}
+        if kind in NEED_ORIGINAL or "original_path" in folders:
+            require_unquantized(folders.get("original_path", self._base), "original_path")
+        if kind == "extract":
+            require_unquantized(folders["path"], "path")
         if options.get("repo") and not self._allow_hub:
             raise InvalidRequestError(
                 "fetching from the hub is off: see --allow-hub", code="not_supported", param="repo"
@@ -134,7 +140,9 @@ class AdapterJobs:
             task["seed"] = options["seed"]
             task["options"] = {key: value for key, value in options.items() if key not in NOT_FOR_MIXING}
             return task
-        for key, name in (("path", "path"), ("initial_path", "initial"), ("original_path", "base")):
+        # What DoRA changes is a matter of the served base; only starting values are one of the original.
+        original = "original" if kind in ("convert", "import") else "base"
+        for key, name in zip(FOLDER_OPTIONS, ("path", "initial", original), strict=True):
             if options.get(key):
                 task[name] = str(self._imports.folder(options[key]))
         task |= {key: options[key] for key in TASK_OPTIONS if key in options}

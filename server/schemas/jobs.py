@@ -13,6 +13,10 @@ Reference = Annotated[str, Field(min_length=1, max_length=160)]
 FolderPath = Annotated[str, Field(min_length=1, max_length=1024)]
 Rank = Annotated[int, Field(ge=1, le=4096)]
 Weight = Annotated[float, Field(ge=-1e4, le=1e4)]
+OriginalPath = Annotated[
+    FolderPath | None,
+    Field(description="the unquantized model's folder below the import root, if the base's own files are quantized"),
+]
 CombinationType = Literal[
     "svd", "linear", "cat", "ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd", "dare_linear_svd",
     "magnitude_prune", "magnitude_prune_svd",
@@ -58,6 +62,7 @@ class ConvertJob(_Publishing):
     adapter: Reference | None = Field(None, description="an adapter of the store")
     path: FolderPath | None = Field(None, description="or an adapter's folder below the import root")
     initial_path: FolderPath | None = Field(None, description="the same adapter before its training")
+    original_path: OriginalPath = None
     rank: Rank | None = None
 
     @model_validator(mode="after")
@@ -72,6 +77,7 @@ class ExtractJob(_Publishing):
 
     kind: Literal["extract"]
     path: FolderPath = Field(description="the fine-tuned model's folder below the import root")
+    original_path: OriginalPath = None
     rank: Rank
     target_modules: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(min_length=1, max_length=256)
 
@@ -82,6 +88,7 @@ class ImportJob(_Publishing):
     kind: Literal["import"]
     path: FolderPath | None = None
     initial_path: FolderPath | None = Field(None, description="the same adapter before its training, for conversion")
+    original_path: OriginalPath = None
     repo: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$")
     revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$", description="a commit, in full")
 
@@ -102,10 +109,14 @@ class ImportJob(_Publishing):
 
 
 class MergeJob(AdminBody):
-    """Merge adapters with their weights into the base: a model folder of its own, below `exports/` in the store."""
+    """Merge adapters with their weights into the base: a model folder of its own, below `exports/` in the store.
+
+    It is not quantized, also where the base's own files are; these are dequantized, unless `original_path` is given.
+    """
 
     kind: Literal["merge"]
     adapters: list[MixSource] = Field(min_length=1, max_length=64, description="a bare name has the weight 1")
+    original_path: OriginalPath = None
     safe_merge: bool = True
 
     @field_validator("adapters", mode="before")
@@ -125,9 +136,7 @@ class _Quantized(_Publishing):
     """For a served base that is quantized, or one that is not and will be."""
 
     quantization: Literal["nf4", "fp4", "int8"] | None = Field(None, description="that of the served base by default")
-    original_path: FolderPath | None = Field(
-        None, description="the unquantized model's folder below the import root, if the base's own files are quantized"
-    )
+    original_path: OriginalPath = None
     prompts: list[Annotated[str, Field(min_length=1, max_length=1 << 16)]] | None = Field(
         None, min_length=1, max_length=64, description="texts of the kind that is asked; a few of our own by default"
     )

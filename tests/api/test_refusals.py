@@ -14,6 +14,7 @@ from safetensors.torch import load, save
 from lora_core import TensorGroup
 from loramux_client import Client, InvalidRequestError, JobFailedError
 from server.adapters.report import MAX_GROUPS, import_report
+from tests.adapters.archives import zipped
 from tests.api.conftest import Live
 from tests.jobs.conftest import InlineProcess
 
@@ -114,6 +115,134 @@ def test_a_broken_conversion_has_the_report(
     with Client(live.url) as mux, pytest.raises(JobFailedError) as failed:  # by its real process
         mux.jobs.wait(mux.jobs.create("import", name="refused", path="bad").job_id)
     check(failed.value.report, num_tensors, 1, "lacks lora_B")
+
+
+def without_config(folder: Path) -> None:
+    (folder / CONFIG).unlink()
+
+
+def pickled(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+
+
+def without_weights(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+
+
+def cut_off(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:100])
+
+
+def malformed_config(folder: Path) -> None:
+    (folder / CONFIG).write_text("{")
+
+
+def initial_pickled(folder: Path) -> None:
+    shutil.copytree(folder, folder / "before")
+    pickled(folder / "before")
+
+
+# What is wrong with a folder as a whole, the code, and the file that the report's one group is (None: its tensors).
+Spoil = Callable[[Path], None]
+FOLDERS: dict[str, tuple[Spoil, str, str | None]] = {
+    "no configuration": (without_config, "adapter_files_missing", None),
+    "a pickle": (pickled, "adapter_pickle", "adapter_model.bin"),
+    "no weights": (without_weights, "adapter_files_missing", WEIGHTS),
+    "cut off": (cut_off, "adapter_file_invalid", WEIGHTS),
+    "malformed configuration": (malformed_config, "adapter_file_invalid", None),
+    "a pickle before training": (initial_pickled, "adapter_pickle", None),
+}
+
+
+def check_group(report: list[Mapping[str, Any]], message: str, example: str | None, num_tensors: int) -> None:
+    """One file that is refused for the reason, or all tensors for it."""
+    assert {group["outcome"] for group in report} == {"refused"}
+    assert {group["reason"] for group in report} == {message}
+    if example is None:
+        assert sum(group["num_tensors"] for group in report) == num_tensors
+    else:
+        assert [(group["tensors"], group["num_tensors"], group["example"]) for group in report] == [
+            ("file", 1, example)
+        ]
+
+
+@pytest.mark.parametrize("kind", ["convert", "import"])
+@pytest.mark.parametrize("case", FOLDERS)
+def test_jobs_report_on_folders_that_are_no_adapters(
+    live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, case: str
+) -> None:
+    spoil, code, example = FOLDERS[case]
+    num_tensors = len(load((live.folders["dora"] / WEIGHTS).read_bytes()))
+    shutil.copytree(live.folders["dora"], tmp_path / "bad")
+    spoil(tmp_path / "bad")
+    monkeypatch.setattr(live.server.imports, "_root", tmp_path)
+    monkeypatch.setattr(live.server.jobs, "_make_process", InlineProcess)
+    initial = {"initial_path": "bad/before"} if spoil is initial_pickled else {}
+    with Client(live.url) as mux:
+        job = mux.jobs.create(kind, name="refused", path="bad", **initial)
+        with pytest.raises(JobFailedError) as failed:
+            mux.jobs.wait(job.job_id)
+        error = mux.jobs.get(job.job_id).error  # as HTTP has it
+    assert failed.value.code == error["code"] == code
+    assert failed.value.report == error["report"]
+    assert str(tmp_path) not in json.dumps(error)
+    check_group(error["report"], error["message"], example, num_tensors)
+
+
+def test_a_conversion_by_its_real_process_has_the_report(
+    live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_tensors = changed(live.folders["dora"], tmp_path / "bad", first_missing)
+    monkeypatch.setattr(live.server.imports, "_root", tmp_path)
+    with Client(live.url) as mux, pytest.raises(JobFailedError, match="lacks its B") as failed:
+        mux.jobs.wait(mux.jobs.create("convert", name="refused", path="bad").job_id)
+    assert failed.value.code == "adapter_file_invalid"
+    check(failed.value.report, num_tensors, 2, "lacks lora_B")  # the module's A and magnitude
+
+
+def archived(**members: bytes) -> bytes:
+    return zipped([(name.replace("__", "."), data) for name, data in members.items()])
+
+
+ARCHIVES: dict[str, tuple[bytes, str]] = {
+    "no archive": (b"nothing of the kind", "archive_invalid"),
+    "cut off": (archived(a=b"x" * 1000)[:-30], "archive_invalid"),
+    "a broken gzip": (b"\x1f\x8b" + b"x" * 50, "archive_invalid"),
+    "a name that climbs": (zipped([("../adapter_config.json", b"{}")]), "archive_unsafe"),
+    "a pickle": (archived(adapter_config__json=b"{}", adapter_model__bin=b"x"), "adapter_pickle"),
+    "nothing in it": (archived(readme=b"x"), "adapter_files_missing"),
+}
+
+
+@pytest.mark.parametrize("case", ARCHIVES)
+def test_refused_archives_have_a_report(client: httpx.Client, live: Live, tmp_path: Path, case: str) -> None:
+    data, code = ARCHIVES[case]
+    answer = client.post("/admin/adapters", data={"name": "refused"}, files=[("file", ("a.zip", data))])
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (422, code), error
+    check_group(error["report"], error["message"], "archive", 0)
+    (tmp_path / "a.zip").write_bytes(data)
+    with Client(live.url) as mux, pytest.raises(InvalidRequestError) as caught:
+        mux.adapters.upload(tmp_path / "a.zip", name="refused")
+    assert (caught.value.code, caught.value.report) == (code, error["report"])
+
+
+@pytest.mark.parametrize(
+    ("names", "code", "example"),
+    [
+        ((CONFIG, "adapter_model.bin"), "adapter_pickle", "adapter_model.bin"),
+        ((CONFIG,), "adapter_files_missing", WEIGHTS),
+        ((CONFIG, WEIGHTS, "README.md"), "adapter_files_missing", "README.md"),
+    ],
+)
+def test_forms_without_the_two_files_have_a_report(
+    client: httpx.Client, names: tuple[str, ...], code: str, example: str
+) -> None:
+    files = [("files", (name, b"{}")) for name in names]
+    answer = client.post("/admin/adapters", data={"name": "refused"}, files=files)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (422, code), error
+    check_group(error["report"], error["message"], example, 0)
 
 
 def test_a_report_has_its_bounds() -> None:

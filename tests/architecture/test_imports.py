@@ -14,6 +14,7 @@ EXTERNAL: dict[str, set[str]] = {
     "lora_core.ops.triton": {"torch", "triton"},
     "lora_core.ops.tuning": {"torch", "triton"},
     "lora_core.quant": {"bitsandbytes", "torch"},
+    "lora_core.quant_files": {"bitsandbytes", "torch"},
     "lora_core.quant_product": {"bitsandbytes", "torch"},
     "server.adapters": set(),
     "server.adapters.loader": {"torch"},

@@ -119,6 +119,7 @@ def test_what_only_administrators_begin_is_refused_by_its_scope(guarded: Guarded
         {"kind": "loftq", "name": "x", "rank": 2, "quantization": "nf4"},
         {"kind": "convert", "name": "x", "path": "x"},
         {"kind": "convert", "name": "x", "adapter": "own", "initial_path": "x"},
+        {"kind": "convert", "name": "x", "adapter": "own", "original_path": "x"},
     ]
     for key in ("a", "operator"):
         with guarded.client(key) as client:

@@ -3,6 +3,7 @@
     python -m tests.bench [--peers loramux,peft,...] [--workloads W1,W3,...] [--rounds 2] [--into NAME] [--report]
     python -m tests.bench --profile     where the time of our own steps goes: see steps.py
 
+Unless peers are named, ours are measured on everything, and each other one on what the report compares it on.
 Each (peer, workload) pair is one cell of tests/bench/results/NAME.json; a cell that is measured again is replaced, so a
 run can be made in parts. The report compares cells and says which of them are from the same run; NAME.svg shows them.
 """
@@ -117,9 +118,8 @@ def versions(peer: str) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--peers", default="loramux,loramux-idle-adapters,peft,transformers-cb,vllm,vllm-lora,llama.cpp-q4"
-    )
+    peers = (*SERVERS, *IN_PROCESS)
+    parser.add_argument("--peers", help=f"measured on everything that they can do: {', '.join(peers)}")
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--into", default="latest", help="name of the results file")
@@ -139,7 +139,8 @@ def main() -> None:
         material = Material()
         run_id = time.strftime("%Y-%m-%dT%H:%M:%S")
         for name in args.workloads.split(","):  # all peers on one piece of work, then the next
-            for peer in args.peers.split(","):
+            named = args.peers.split(",") if args.peers else [p for p in peers if report.is_compared(p, name)]
+            for peer in named:
                 if can(peer, WORKLOADS[name]):
                     measure_cell(peer, name, material, args.rounds, run_id, found)
                     RESULTS.mkdir(exist_ok=True)

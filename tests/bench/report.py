@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.bench.client import Job
 
-__all__ = ["machine", "poisson", "ratios", "render"]
+__all__ = ["is_compared", "machine", "poisson", "ratios", "render"]
 
 BEST_VLLM = ("vllm", "vllm-lora")
 COLUMNS = (
@@ -44,7 +44,19 @@ COMPARISONS: list[tuple[str, Side, Side, float, bool]] = [
     ("W2 with adapters loaded / without", (("loramux-idle-adapters",), "W2", RATE), (US, "W2", RATE), 0.99, True),
     ("W5 / PEFT mixed batch", (US, "W5", RATE), (("peft",), "W5", RATE), 2.5, True),
     ("W5 / own base, TTFT p50", (US, "W5", TTFT), (US, "W5B", TTFT), 1.6, False),
+    ("W9 (shared prompt) / no prefix cache", (US, "W9", RATE), (("loramux-no-prefix-cache",), "W9", RATE), 1.0, True),
 ]
+# Label, figure of our cell, its unit in the cell's, and the most it may be.
+LIMITS = [
+    ("W3, resident memory in GB", "W3", "memory_bytes", 1e9, 1.6),
+    ("W3, start in s", "W3", "start_s", 1.0, 8.0),
+]
+
+
+def is_compared(peer: str, workload: str) -> bool:
+    """A figure of this cell is ours, or is in one of the comparisons."""
+    sides = [side for _, above, below, _, _ in COMPARISONS for side in (above, below)]
+    return peer in US or any(peer in peers and workload == name for peers, name, _ in sides)
 
 
 def machine() -> dict[str, Any]:
@@ -110,6 +122,11 @@ def render(found: dict[str, Any]) -> str:
         is_met = ratio >= goal if more_is_better else ratio <= goal
         sign = ">=" if more_is_better else "<="
         lines.append(f"{label:42} {ratio:6.2f}  (goal {sign} {goal}) {'met' if is_met else 'NOT MET'}")
+    for label, workload, figure, unit, limit in LIMITS:
+        cell = found["cells"].get(f"{US[0]}/{workload}")
+        if cell is not None:
+            value = cell[figure] / unit
+            lines.append(f"{label:42} {value:6.2f}  (goal <= {limit}) {'met' if value <= limit else 'NOT MET'}")
     if len({cell["run"] for cell in found["cells"].values()}) > 1:
         lines.append("cells are from several runs on this machine: compare with care where others were busy")
     return "\n".join(lines)

@@ -9,8 +9,10 @@ which this machine reads memory, or the arithmetic over the rate of its products
 
 import argparse
 import asyncio
+import multiprocessing
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from server.delivery import Delivery, GenerationGroup
 from server.demo import ensure_demo_model
 from server.engine import EngineConfig, EngineLoop, GenerationRequest, ModelRunner, SamplingParams, load_runner
 from server.engine.attention import PagedAttention
+from server.engine.sampling import Drawn
 from server.engine.scheduler import Scheduler, Step
 from tests.bench.machine import start_quietly
 from tests.bench.workloads import RANKS
@@ -40,7 +43,8 @@ PARTS: Sequence[tuple[str, Any, str]] = (
     ("adapters", GroupAdapters, "apply"),
     ("attention and cache", PagedAttention, "attend_joined"),
     ("attention and cache", PagedAttention, "attend"),
-    ("sampling", engine_loop, "sample"),
+    ("sampling", engine_loop, "draw"),
+    ("sampling", Drawn, "read"),
     ("delivery", EngineLoop, "_advance"),
     ("delivery", Delivery, "flush"),
 )
@@ -60,7 +64,7 @@ class Account:
     def __enter__(self) -> "Account":
         for part, owner, name in PARTS:
             self._put(owner, name, self._timed(part, getattr(owner, name)))
-        self._put(EngineLoop, "_compute", self._noting_rows(EngineLoop._compute))
+        self._put(EngineLoop, "_launch", self._noting_rows(EngineLoop._launch))
         self._put(EngineLoop, "_step", self._closing(EngineLoop._step))
         return self
 
@@ -85,13 +89,13 @@ class Account:
 
         return timed
 
-    def _noting_rows(self, call: Callable[..., int]) -> Callable[..., int]:
-        def compute(engine: EngineLoop, step: Step) -> int:
+    def _noting_rows(self, call: Callable[..., bool]) -> Callable[..., bool]:
+        def launch(engine: EngineLoop, step: Step) -> bool:
             is_full = len(step.chunks) == self._rows and all(chunk.num_tokens == 1 for chunk in step.chunks)
             self._now["full"] = float(is_full)
             return call(engine, step)
 
-        return compute
+        return launch
 
     def _closing(self, call: Callable[[EngineLoop], bool]) -> Callable[[EngineLoop], bool]:
         """A step is counted from its beginning to the next one's: what happens between belongs to it."""
@@ -126,18 +130,20 @@ def load_adapters(runner: ModelRunner, kind: str) -> float:
     return num_bytes
 
 
-async def run_streams(runner: ModelRunner, kind: str, rows: int, context: int, account: Account) -> None:
+async def run_streams(
+    runner: ModelRunner, kind: str, rows: int, context: int, account: Account, *, num_threads: int
+) -> None:
     """Streams that decode side by side, and somebody who takes their tokens."""
     delivery = Delivery()
     delivery.attach(asyncio.get_running_loop())
-    engine = EngineLoop(runner, num_threads=torch.get_num_threads(), on_step=delivery.flush)
+    engine = EngineLoop(runner, num_threads=num_threads, on_step=delivery.flush)
 
     async def stream(i: int) -> None:
         weights = {} if kind == "base" else {i % NUM_ADAPTERS: 1.0}
         if kind == "mix":
             weights = {i % NUM_ADAPTERS: 0.5, (i + 3) % NUM_ADAPTERS: 0.5}
         sampling = SamplingParams(max_new_tokens=NUM_STEPS + rows, ignore_eos=True)
-        prompt = [1000 + i, *range(100, 99 + context - NUM_STEPS // 2)]
+        prompt = [(i + k) % runner.facts.vocab_size for k in range(context - NUM_STEPS // 2)]
         group = GenerationGroup(engine)
         lease = FixedLease(weights) if weights else None
         request = GenerationRequest(f"{kind}-{i}", prompt, sampling, delivery.emitter(group, 0), lease)
@@ -174,10 +180,12 @@ def rates() -> tuple[float, float]:
     return 2 * size / read_s, 2 * size * 512 / compute_s
 
 
-def measure(runner: ModelRunner, kind: str, rows: int, context: int, speed: tuple[float, float]) -> None:
+def measure(
+    runner: ModelRunner, kind: str, rows: int, context: int, speed: tuple[float, float], *, num_threads: int
+) -> None:
     adapter_bytes = load_adapters(runner, kind)
     account = Account(rows)
-    asyncio.run(run_streams(runner, kind, rows, context, account))
+    asyncio.run(run_streams(runner, kind, rows, context, account, num_threads=num_threads))
     totals = sorted(sum(seconds for part, seconds in step.items() if part != "begin") for step in account.steps)
     weight_bytes = sum(2 * layer.in_features * layer.out_features for layer in runner.layers.values())
     cache_bytes = rows * context * runner.cache.num_bytes_per_token
@@ -199,9 +207,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kinds", default="base,lora,rank8,dora,mix")
     args = parser.parse_args(arguments)
     start_quietly()
+    # The products are timed in a process of their own, for two teams of threads in one slow each other down.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        speed = process.submit(rates).result()
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     config = EngineConfig(kv_bytes=1 << 29, use_prefix_cache=False)
     runner = load_runner(ensure_demo_model(report=print), config, dtype=torch.bfloat16, device=torch.device("cpu"))
-    speed = rates()
     print(f"products read {speed[0] / 1e9:.1f} GB/s and compute {speed[1] / 1e9:.0f} GFLOP/s")
     for kind in args.kinds.split(","):
-        measure(runner, kind, args.rows, args.context, speed)
+        measure(runner, kind, args.rows, args.context, speed, num_threads=num_threads)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from server.engine import Quantization, save_quantized
 from server.jobs.process import WorkProcess
 from tests import peft_adapters
 from tests.process_memory import anonymous_bytes
@@ -43,6 +44,8 @@ class Folders:
                 if "proj" in name:
                     parameter.add_(0.01)
         model.save_pretrained(self.tuned)
+        self.quantized = root / "quantized"
+        save_quantized(self.base, self.quantized, Quantization("nf4"), dtype=torch.bfloat16, device=torch.device("cpu"))
 
     def _adapter(self, model: Any, name: str, **settings: Any) -> Path:
         return peft_adapters.save(peft_adapters.peft_model(model, "llama", 1, r=4, **settings), self.root / name)
@@ -90,6 +93,22 @@ JOBS: dict[str, tuple[str, Job, float]] = {
         0.4,
     ),
     "convert a DoRA": ("convert", lambda f: {"adapter": str(f.dora)}, 0.4),
+    "merge into a quantized base": (
+        "merge",
+        lambda f: {"base": str(f.quantized), "adapters": [str(f.dora)], "weights": [1.0], "safe_merge": True},
+        0.15,
+    ),
+    "mix on a quantized base": (
+        "mix",
+        lambda f: {
+            "base": str(f.quantized),
+            "adapters": [str(f.dora)] * 2,
+            "weights": [0.5, 0.5],
+            "seed": 0,
+            "options": {"combination_type": "svd"},
+        },
+        0.15,
+    ),
     "extract": ("extract", lambda f: {"tuned": str(f.tuned), "rank": 4, "target_modules": ["q_proj"]}, 0.4),
     "loftq": ("loftq", lambda f: QUANTIZED | {"adapters": [], "judge": False}, 0.7),
     "compensation": ("loftq-compensation", lambda f: QUANTIZED, 0.4),

@@ -47,6 +47,7 @@ def test_only_four_packages_are_imported(name: str) -> None:
     """And where one thing is done with another package, nowhere else."""
     others = {
         "lora_core.quant": {"bitsandbytes"},
+        "lora_core.quant_files": {"bitsandbytes"},
         "lora_core.quant_product": {"bitsandbytes"},
         "lora_core.ops.triton": {"triton"},
         "lora_core.ops.tuning": {"triton"},

@@ -10,12 +10,11 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from lora_core import LoraConfig, LoraError
-from lora_core.convert import convert_to_lora
-from server.adapters.objects import CONFIG_NAME, FILE_NAMES, INITIAL_NAME, WEIGHTS_NAME
-from server.adapters.report import refusal_report
-from server.errors import InvalidAdapterError, NotFoundError, UnavailableError
-from server.jobs.tasks.convert import described
-from server.jobs.tasks.s3 import PICKLE_NAME, fetch_from_s3
+from server.adapters.objects import CONFIG_NAME, FILE_NAMES, INITIAL_NAME
+from server.errors import NotFoundError, UnavailableError
+from server.jobs.tasks.adapter_files import taken
+from server.jobs.tasks.convert import described, subtract_initial
+from server.jobs.tasks.s3 import fetch_from_s3
 
 __all__ = ["run"]
 
@@ -36,23 +35,12 @@ def run(task: Mapping[str, Any], report: Callable[[str, float], None]) -> dict[s
         _from_hub(task, fetched)
     elif task.get("url"):
         told = {"etags": fetch_from_s3(task["url"], fetched, task["max_bytes"])}
-    if not (fetched / WEIGHTS_NAME).is_file() and (fetched / PICKLE_NAME).exists():
-        raise InvalidAdapterError(
-            "pickle files can run code and are not read; save the adapter with `safe_serialization=True`",
-            code="adapter_pickle",
-        )
-    if not all((fetched / name).is_file() for name in FILE_NAMES):
-        raise InvalidAdapterError(f"there are no {CONFIG_NAME} and {WEIGHTS_NAME}", code="adapter_files_missing")
-    report("checking", 0.7)
-    config, weights = ((fetched / name).read_bytes() for name in FILE_NAMES)
-    initial = task.get("initial") or _initial_beside(fetched)
-    if _changes_base(config) or initial:
-        report("converting", 0.8)
-        try:
-            return told | described(convert_to_lora(fetched, initial, out, base_folder=task["base"]))
-        except LoraError as error:
-            details = {"report": refusal_report(config, weights, str(error))}
-            raise InvalidAdapterError(str(error), code=error.code, details=details) from error
+    initial = Path(task["initial"]) if task.get("initial") else _initial_beside(fetched)
+    with taken(fetched, initial):
+        report("checking", 0.7)
+        if _changes_base((fetched / CONFIG_NAME).read_bytes()) or initial:
+            report("converting", 0.8)
+            return told | described(subtract_initial(task, fetched, initial))
     out.mkdir()
     for name in FILE_NAMES:
         shutil.copyfile(fetched / name, out / name)
@@ -66,9 +54,9 @@ def _changes_base(config_json: bytes) -> bool:
         return False
 
 
-def _initial_beside(folder: Path) -> str | None:
+def _initial_beside(folder: Path) -> Path | None:
     initial = folder / INITIAL_NAME
-    return str(initial) if all((initial / name).is_file() for name in FILE_NAMES) else None
+    return initial if all((initial / name).is_file() for name in FILE_NAMES) else None
 
 
 def _from_hub(task: Mapping[str, Any], folder: Path) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core import LoraError, LoraModel
+from lora_core import LoraError, LoraModel, UnsupportedError
 from lora_core.adapter_module import AdapterModule
-from lora_core.tensor_folder import TensorFolder
-from server.jobs.tasks.base_model import file_keys, open_base
+from lora_core.layer import LoraLayer
+from lora_core.quant_files import DequantizedTensors
+from server.jobs.tasks.base_model import read_base
 
 __all__ = ["run"]
 
@@ -31,16 +32,15 @@ Changed = dict[str, tuple[AdapterModule, str]]
 def run(task: Mapping[str, Any], report: Callable[[str, float], None]) -> dict[str, Any]:
     """Write the base plus `weights` times the adapters of `task["adapters"]` to `task["out"]`, in the base's dtype.
 
-    One module's change is in memory at a time.
+    Of a base whose own files are quantized, the weights are what these say they are; the result is not quantized. One
+    module's weight and change are in memory at a time.
 
     Raises:
         LoraError: the adapters do not fit, or, with `safe_merge`, a merged value is NaN or infinite.
     """
     base, out = Path(task["base"]), Path(task["out"])
     report("reading the base", 0.0)
-    bare = open_base(base)
-    tensors = TensorFolder(base)
-    keys = file_keys(bare, tensors)
+    bare, tensors, keys = read_base(base)
     head_name = _tied_head(bare)
     model = LoraModel(bare)
     names = [f"source{i}" for i in range(len(task["adapters"]))]
@@ -60,7 +60,7 @@ def run(task: Mapping[str, Any], report: Callable[[str, float], None]) -> dict[s
             report("merging", i / len(order))
             if key in changed:
                 module, attribute = changed[key]
-                value = module.merged_parameters({n: weights[n] for n in names if module.has(n)})[attribute]
+                value = _merged(tensors, key, module, attribute, {n: weights[n] for n in names if module.has(n)})
                 if task["safe_merge"] and not value.isfinite().all():
                     raise LoraError(f"NaNs detected in the merged weights of {key!r}")
                 yield key, value
@@ -68,7 +68,24 @@ def run(task: Mapping[str, Any], report: Callable[[str, float], None]) -> dict[s
                 yield key, tensors[key] if key in tensors else _input_embedding(tensors, keys, bare)
 
     num_shards = _write_shards(merged(), out, order)
-    return {"num_tensors_changed": len(changed), "num_shards": num_shards, "unties_embeddings": unties}
+    return {
+        "num_tensors_changed": len(changed),
+        "num_shards": num_shards,
+        "unties_embeddings": unties,
+        "base_quantized": isinstance(tensors, DequantizedTensors),
+    }
+
+
+def _merged(
+    tensors: Mapping[str, Tensor], key: str, module: AdapterModule, attribute: str, weights: Mapping[str, float]
+) -> Tensor:
+    """A tensor with so much of each adapter, as the files of an unquantized model hold it."""
+    if isinstance(tensors, DequantizedTensors) and tensors.is_quantized(key):
+        matrix = module.merged_matrix(weights) if isinstance(module, LoraLayer) else None
+        if matrix is None:
+            raise UnsupportedError(f"{key!r} is quantized, and an adapter trains the whole module")
+        return tensors.as_stored(key, matrix)
+    return module.merged_parameters(weights)[attribute]
 
 
 def _tied_head(model: Any) -> str | None:
@@ -97,7 +114,7 @@ def _changed(
     return changed, unties
 
 
-def _input_embedding(tensors: TensorFolder, keys: Mapping[str, str], bare: Any) -> Tensor:
+def _input_embedding(tensors: Mapping[str, Tensor], keys: Mapping[str, str], bare: Any) -> Tensor:
     """The original weight that a head was tied to."""
     table = bare.get_input_embeddings()
     name = next(name for name, module in bare.named_modules() if module is table)
@@ -105,13 +122,15 @@ def _input_embedding(tensors: TensorFolder, keys: Mapping[str, str], bare: Any) 
 
 
 def _copy_rest(base: Path, out: Path, *, unties: bool) -> None:
-    """Configuration, tokenizer and whatever else is in the folder but weights."""
+    """Configuration, tokenizer and whatever else is in the folder but weights; the result is not quantized."""
     for path in sorted(base.iterdir()):
         if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
             shutil.copyfile(path, out / path.name)
+    config = json.loads((out / "config.json").read_text())
+    config.pop("quantization_config", None)
     if unties:
-        config = json.loads((out / "config.json").read_text())
-        (out / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}, indent=2))
+        config["tie_word_embeddings"] = False
+    (out / "config.json").write_text(json.dumps(config, indent=2))
 
 
 class _Shard:
