@@ -55,11 +55,11 @@ class DeviceModelSlots(ModelSlots):
         copies: Copies | None = None,
     ) -> None:
         self._device = next(iter(layers.values())).device
-        self._copies = copies_for(self._device) if copies is None else copies
+        self._table = AdapterTable(len(layers), max_slots, self._device)
+        self._copies = copies_for(self._device) if copies is None else copies  # behind the table's zeros
         self._copying = threading.Lock()
         self._highest_ranks: dict[Key, int] = {}
         self._numbers = {name: number for number, name in enumerate(layers)}
-        self._table = AdapterTable(len(layers), max_slots, self._device)
         super().__init__(layers, max_slots, dtype=dtype, model=model)
         for name, number in self._numbers.items():
             slots = self.layers[name]

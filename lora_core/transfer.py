@@ -38,13 +38,15 @@ class DirectCopies:
 
 
 class StreamCopies:
-    """Copies on a CUDA stream of their own (`Copies`).
+    """Copies on a CUDA stream of their own (`Copies`), behind what its maker has given the device.
 
-    Memory comes from that stream too: what a freed adapter leaves is written again by later copies only.
+    Memory comes from that stream too: what a freed adapter leaves is written again by later copies only. These do not
+    wait for the steps under way, so that nobody may free an adapter before the last step that reads it is over.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
         self._sources: list[Tensor] = []
 
     def allocate(self, num_bytes: int, device: torch.device) -> Tensor:

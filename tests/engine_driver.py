@@ -87,6 +87,11 @@ class Driver:
         self.engine.submit(request)
         return request
 
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """What there is by now."""
+        return self._outcomes
+
     def wait(self) -> list[Outcome]:
         """All outcomes, once every request has ended; then the engine's books are checked."""
         for _ in self._outcomes:

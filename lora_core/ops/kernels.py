@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_core.device_slots import DeviceSlots
 from lora_core.ops.cpu import apply_segments
-from lora_core.ops.plan import PlannedRoute, RoutePlan
+from lora_core.ops.plan import NUM_ENTRIES, RANKS, PlannedRoute, RoutePlan
 from lora_core.routing import Route
 
 __all__ = ["KernelGroup"]
@@ -48,6 +48,28 @@ class KernelGroup:
             all(number % 16 == 0 for number in (features, *sizes)),
             table.configs,
         )
+
+    @property
+    def shape(self) -> tuple[int, tuple[int, ...]]:
+        """in_features, and the members' out_features."""
+        return self._table.in_features, self._table.out_features
+
+    def warm_up(self, base_bias: Tensor | None) -> None:
+        """Launch every variant of the kernels, for nobody, so that serving compiles none.
+
+        Args:
+            base_bias: [ΣO] or None, as it will be given to `apply`.
+        """
+        features, sizes = self.shape
+        device, dtype = self._table.rows.device, self._slots[0].dtype
+        for tile_tokens, numbers in NUM_ENTRIES.items():
+            x = torch.zeros(tile_tokens, features, dtype=dtype, device=device)
+            y = torch.zeros(tile_tokens, sum(sizes), dtype=dtype, device=device)
+            for num_entries in (*numbers, numbers[-1] + 1):
+                plan = RoutePlan(num_entries, num_entries, tile_tokens, device)
+                plan.fill([])
+                for rank in (*RANKS, *self._kernels.RANK_BLOCKS):
+                    self._kernels.apply_plan(y, x, self._table, plan, base_bias, rank)
 
     def apply(self, y: Tensor, x: Tensor, route: Route, base_bias: Tensor | None) -> None:
         """Add the adapters' part in place; see `lora_core.ops.apply_lora`.

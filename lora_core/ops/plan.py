@@ -24,6 +24,9 @@ SMALL_TILE = 16
 LARGE_TILE = 64
 # From so many tokens on, tiles are large.
 MANY_TOKENS = 512
+# A part of a plan's buffer begins at a multiple of so many numbers, 16 bytes: for pointers that are aligned so Triton
+# compiles one variant of a kernel, for others another.
+ALIGNED = 4
 # Ranks, and numbers of entries by size of tile, for which launch parameters are measured (`lora_core.ops.tuning`).
 RANKS = (16, 64, 128)
 NUM_ENTRIES = {SMALL_TILE: (1, 8, 32), LARGE_TILE: (8, 64)}
@@ -93,9 +96,10 @@ class RoutePlan:
 
     def __init__(self, num_tiles: int, num_entries: int, tile_tokens: int, device: torch.device) -> None:
         self.num_tiles, self.num_entries, self.tile_tokens = num_tiles, num_entries, tile_tokens
-        self._sizes = [num_tiles * tile_tokens, num_tiles + 1, num_entries, num_entries, num_entries * tile_tokens]
+        sizes = [num_tiles * tile_tokens, num_tiles + 1, num_entries, num_entries, num_entries * tile_tokens]
+        self._sizes = [-(-size // ALIGNED) * ALIGNED for size in sizes]
         self._buffer = torch.empty(sum(self._sizes), dtype=torch.int32, device=device)
-        parts = self._buffer.split(self._sizes)
+        parts = [part[:size] for part, size in zip(self._buffer.split(self._sizes), sizes, strict=True)]
         self.tokens, self.starts, self.entry_tiles, self.entry_slots = parts[:4]
         self.weights = parts[4].view(torch.float32)
 
@@ -122,17 +126,17 @@ class RoutePlan:
         entry_slots: list[int] = []
         weights: list[float] = []
         for number, tile in enumerate(tiles):
-            blank = size - len(tile.tokens)
-            tokens += tile.tokens + [-1] * blank
+            num_blank = size - len(tile.tokens)
+            tokens += tile.tokens + [-1] * num_blank
             entry_tiles += [number] * len(tile.slots)
             entry_slots += tile.slots
             starts.append(len(entry_slots))
             for column in tile.weights:
-                weights += column + [0.0] * blank
-        num_blank = self.num_entries - len(entry_slots)
-        starts += starts[-1:] * (self.num_tiles - len(tiles))
-        tokens += [-1] * (self._sizes[0] - len(tokens))
-        integers = tokens + starts + entry_tiles + [0] * num_blank + entry_slots + [-1] * num_blank
+                weights += column + [0.0] * num_blank
+        integers: list[int] = []
+        parts = ((tokens, -1), (starts, starts[-1]), (entry_tiles, 0), (entry_slots, -1))
+        for (values, blank), part_size in zip(parts, self._sizes, strict=False):  # weights are no integers
+            integers += values + [blank] * (part_size - len(values))
         weights += [0.0] * (self._sizes[4] - len(weights))
         host = torch.empty(self._buffer.shape, dtype=torch.int32, pin_memory=self._buffer.is_cuda)
         host[: len(integers)] = torch.tensor(integers, dtype=torch.int32)

@@ -25,6 +25,7 @@ from lora_core.device_slots import FIELDS
 from lora_core.ops.plan import LARGE_TILE, RoutePlan, bucket_of
 
 __all__ = [
+    "RANK_BLOCKS",
     "ExpandConfig",
     "LaunchConfigs",
     "LayerTable",
@@ -35,9 +36,9 @@ __all__ = [
     "shrink",
 ]
 
-# Input features that one program of a split sums over, in decoding.
-SPLIT_FEATURES = 512
-MAX_SPLITS = 16
+# Input features that one program of a split sums over, in decoding; and ranks that one product takes at once.
+SPLIT_FEATURES, MAX_SPLITS = 512, 16
+RANK_BLOCKS = (16, 32, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +94,7 @@ class ShrinkConfig:
         """For a plan and the highest rank. Small tiles split the input features: there would be few programs."""
         block_k = min(128 if itemsize < 4 else 64, max(16, triton.next_power_of_2(in_features)))
         splits = min(MAX_SPLITS, triton.next_power_of_2(triton.cdiv(in_features, SPLIT_FEATURES)))
-        is_large = plan.tile_tokens == LARGE_TILE
-        if is_large:
+        if plan.tile_tokens == LARGE_TILE:
             splits = min(splits, 4) if plan.num_entries <= LARGE_TILE else 1
         return cls(_rank_block(rank), block_k, splits, 4, 3 if itemsize < 4 else 2)
 
@@ -109,9 +109,11 @@ class ExpandConfig:
     num_stages: int
 
     @classmethod
-    def default(cls, max_size: int, rank: int, itemsize: int) -> "ExpandConfig":
-        block_o = min(128, max(16, triton.next_power_of_2(max_size)))
-        return cls(_rank_block(rank), block_o, 4, 3 if itemsize < 4 else 2)
+    def default(cls, plan: RoutePlan, max_size: int, rank: int, itemsize: int) -> "ExpandConfig":
+        """Large tiles have the sums of outputs and gains in the registers of eight warps, and h's splits take room."""
+        is_large = plan.tile_tokens == LARGE_TILE
+        block_o = min(64 if is_large and itemsize >= 4 else 128, max(16, triton.next_power_of_2(max_size)))
+        return cls(_rank_block(rank), block_o, 8 if is_large else 4, 2 if is_large or itemsize >= 4 else 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +127,12 @@ class LaunchConfigs:
     def default(cls, plan: RoutePlan, layers: LayerTable, rank: int, itemsize: int) -> "LaunchConfigs":
         return cls(
             ShrinkConfig.default(plan, layers.in_features, rank, itemsize),
-            ExpandConfig.default(layers.max_size, rank, itemsize),
+            ExpandConfig.default(plan, layers.max_size, rank, itemsize),
         )
 
 
 def _rank_block(rank: int) -> int:
-    return min(64, max(16, triton.next_power_of_2(rank)))
+    return next((block for block in RANK_BLOCKS if block >= rank), RANK_BLOCKS[-1])
 
 
 def is_interpreted() -> bool:
@@ -332,6 +334,7 @@ def _expand(
     is_output = o < size
     place = tl.arange(0, M)
     table += tl.load(layers + member).to(tl.int64) * num_slots * NUM_FIELDS
+    split_stride = tl.zeros([], dtype=tl.int64) + h_split_stride  # the last of 16 splits may lie beyond 2^31
     h += member.to(tl.int64) * h_member_stride
     acc = tl.zeros([M, BLOCK_O], dtype=tl.float32)
     gain = tl.zeros([M, BLOCK_O], dtype=tl.float32)
@@ -343,7 +346,7 @@ def _expand(
         gain_address, bias_address = tl.load(row + 2), tl.load(row + 3)
         b = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(dtype)), 16)
         h_rows = h + (entry * M + place).to(tl.int64) * h_stride
-        acc = _entry(acc, h_rows, b, rank.to(tl.int32), size, o, h_split_stride, M, BLOCK_R, SPLIT_K, WIDEN)
+        acc = _entry(acc, h_rows, b, rank.to(tl.int32), size, o, split_stride, M, BLOCK_R, SPLIT_K, WIDEN)
         weight = tl.load(weights + entry * M + place)[:, None]
         gain += weight * _vector(gain_address, o, size, dtype)[None, :]
         acc += weight * _vector(bias_address, o, size, dtype)[None, :]
@@ -371,7 +374,7 @@ def _entry(
     rank,
     size,
     o,
-    h_split_stride,
+    split_stride,
     M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     SPLIT_K: tl.constexpr,
@@ -382,7 +385,7 @@ def _entry(
         r = first + tl.arange(0, BLOCK_R)
         h_part = tl.zeros([M, BLOCK_R], dtype=tl.float32)
         for split in tl.static_range(SPLIT_K):
-            places = h_rows[:, None] + split * h_split_stride + r[None, :]
+            places = h_rows[:, None] + split * split_stride + r[None, :]
             h_part += tl.load(places, mask=(r < rank)[None, :], other=0.0)
         b_places = b + r.to(tl.int64)[:, None] * size + o[None, :]
         b_part = tl.load(b_places, mask=(r < rank)[:, None] & (o < size)[None, :], other=0.0)

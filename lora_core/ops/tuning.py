@@ -2,9 +2,11 @@
 
 One parameter after another is tried while the others stay as they are (coordinate descent), from a default that is
 right everywhere; what was found is kept in a file for the next start. The file's name says for which device and which
-version of Triton it is, its keys for which kernel, shapes and dtype.
+version of Triton it is, its keys for which kernel (as its source was), shapes and dtype.
 """
 
+import hashlib
+import inspect
 import json
 import os
 import re
@@ -12,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +24,7 @@ from lora_core.maths import Folded
 from lora_core.ops.plan import NUM_ENTRIES, RANKS, RoutePlan, Tile, bucket_of
 from lora_core.transfer import DirectCopies
 
-__all__ = ["Tuner", "tune_adapters", "tuner_for"]
+__all__ = ["Tuner", "source_digest", "tune_adapters", "tuner_for"]
 
 Config = TypeVar("Config")
 SHRINK_OPTIONS = {"block_k": (64, 128, 256), "split_k": (1, 2, 4, 8, 16), "num_warps": (2, 4, 8), "num_stages": (2, 4)}
@@ -61,8 +64,11 @@ class Tuner:
         """
         fields = asdict(start)  # type: ignore[call-overload]
         known = self._known.get(key)
-        if isinstance(known, dict) and known.keys() == fields.keys() and all(type(v) is int for v in known.values()):
-            return type(start)(**known)
+        if isinstance(known, dict) and known.keys() == fields.keys():
+            # Not whatever a file says: what would not have been tried may not even compile.
+            allowed = {name: {fields[name], *options.get(name, ())} for name in fields}
+            if all(type(value) is int and value in allowed[name] for name, value in known.items()):
+                return type(start)(**known)
         best, best_s = start, self._measure(run, start)
         for name, values in options.items():
             for value in values:
@@ -102,17 +108,26 @@ def tuner_for(folder: Path, device: torch.device) -> Tuner:
 
 
 def _cuda_time_s(run: Callable[[], object]) -> float:
+    """From a recording: these kernels take less time than Python takes to launch them, which would be measured."""
     from triton.runtime.errors import OutOfResources  # noqa: PLC0415 - optional
 
     try:
         run()  # compiles
     except OutOfResources:
         return float("inf")
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(REPEATS):
-        run()
-    end.record()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        for _ in range(REPEATS):
+            run()
+        graph.capture_end()
+        graph.replay()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3 / REPEATS
 
@@ -121,6 +136,11 @@ def _wall_time_s(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def source_digest(module: ModuleType) -> str:
+    """Of the module that kernels are in: what was measured with others says nothing of them."""
+    return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()[:12]
 
 
 def tune_adapters(
@@ -187,9 +207,8 @@ class _TrialLayers:
         x = torch.randn(num_tokens, layers.in_features, device=device).to(self._dtype)
         y = torch.zeros(num_tokens, sum(layers.out_features), dtype=self._dtype, device=device)
         start = kernels.LaunchConfigs.default(plan, layers, rank, x.element_size())
-        key = (
-            f"{layers.in_features} to {layers.out_features}, {self._dtype}, rank {rank}, {num_entries} of {tile_tokens}"
-        )
+        shape = f"{layers.in_features} to {layers.out_features}, {self._dtype}"
+        key = f"{source_digest(kernels)} {shape}, rank {rank}, {num_entries} of {tile_tokens}"
         shrink = tuner.best(
             f"shrink {key}", start.shrink, SHRINK_OPTIONS, lambda config: kernels.shrink(x, layers, plan, rank, config)
         )

@@ -82,14 +82,13 @@ class _Launched:
     """A step that the device has been given and whose tokens have not been read.
 
     Attributes:
-        requests: those that get the tokens.
-        drawn: None if there are none.
+        requests: those that get the tokens; a step of prompts' parts may have none, and is waited for all the same.
         leases: of requests that have ended since: the step may still read their adapters.
     """
 
     step: Step
     requests: list[GenerationRequest]
-    drawn: Drawn | None
+    drawn: Drawn
     begin_s: float
     leases: list[AdapterLease] = field(default_factory=list)
 
@@ -213,6 +212,7 @@ class EngineLoop:
         assert self._num_open == len(self._scheduler.running) + len(self._scheduler.waiting)
 
     def _run(self) -> None:
+        self.runner.enter_thread()
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
             torch.get_num_threads()  # settles it for this thread, before another thread sets its own number
@@ -237,6 +237,7 @@ class EngineLoop:
             self._take_inbox()
             for request in [*self._scheduler.running, *self._scheduler.waiting]:
                 self._end(request, Failed(UnavailableError("the server is shutting down", code="shutting_down")))
+            self.runner.settle()
             while self._launched:
                 self._release(self._launched.pop())
             self._on_step()
@@ -278,20 +279,20 @@ class EngineLoop:
         """Give a step to the device; False if that failed."""
         begin_s = time.monotonic()
         runner = self.runner
-        last = self._launched[0].drawn if self._launched else None
+        last = self._launched[0].drawn.tokens if self._launched and self._launched[0].requests else None
         try:
             batch = build_batch(
                 step, self._pool.block_size, runner.device, self._routes, use_kernels=runner.uses_kernels
             )
-            logits = runner.forward(batch, None if last is None else last.tokens)
+            logits = runner.forward(batch, last)
             for rows in batch.prompt_rows:
                 rows.note(logits)
             if batch.sampled_rows is not None:
                 logits = logits[batch.sampled_rows]
-            eos_token_ids = runner.facts.eos_token_ids
-            drawn = draw(logits, batch.sampled, eos_token_ids=eos_token_ids) if batch.sampled else None
+            drawn = draw(logits, batch.sampled, eos_token_ids=runner.facts.eos_token_ids)
         except Exception as error:
             logger.exception("a step of %d requests failed", len(step.chunks))
+            runner.settle()  # what was launched before it failed reads adapters that are about to be released
             self._fail(step, error)
             return False
         self._launched.append(_Launched(step, batch.sampled, drawn, begin_s))
@@ -308,8 +309,7 @@ class EngineLoop:
         launched = self._launched.pop(0)
         num_sampled = 0
         try:
-            results = [] if launched.drawn is None else launched.drawn.read()
-            for request, sampled in zip(launched.requests, results, strict=True):
+            for request, sampled in zip(launched.requests, launched.drawn.read(), strict=True):
                 if not request.is_finished:  # else it has ended meanwhile
                     request.in_flight = None
                     self._advance(request, sampled)

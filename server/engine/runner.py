@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Hashable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from server.engine.model import ModelFacts, inspect_model, load_model
 from server.engine.optimise import optimise
 from server.engine.quantization import Quantization, checkpoint_quantization
 from server.engine.reference import make_reference
+from server.engine.warm_up import warm_up
 from server.errors import InvalidRequestError
 from server.memory import DEFAULT_KV_BYTES
 
@@ -69,7 +71,7 @@ class EngineConfig:
 
 
 class ModelRunner:
-    """Owns the model; used by one thread at a time.
+    """Owns the model; used by one thread at a time, whose current device is the model's (`enter_thread`).
 
     Args:
         model: a transformers causal language model, changed in place: its linear layers are wrapped.
@@ -100,6 +102,7 @@ class ModelRunner:
         parameter = next(p for p in model.parameters() if p.is_floating_point())
         self.device, self.dtype = parameter.device, parameter.dtype
         on_cuda = self.device.type == "cuda"
+        self.enter_thread()
         self.uses_kernels = on_cuda if config.use_kernels is None else config.use_kernels
         self.runs_ahead = on_cuda if config.run_ahead is None else config.run_ahead
         if on_cuda and self.uses_kernels and (missing := what_kernels_lack()) is not None:
@@ -121,6 +124,8 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         if self.uses_kernels and config.use_cuda_graphs and (on_cuda or capture is not None):
             self.graphs = self._record(capture or CudaCapture())
+        if self.uses_kernels and on_cuda:
+            warm_up(self.layers, self._device_step(), config.max_running)
 
     def forward(self, batch: Batch, last: Tensor | None = None) -> Tensor:
         """Logits [N, V] of the batch's last rows, to be read before the next call; the cache then holds its tokens.
@@ -143,7 +148,19 @@ class ModelRunner:
             )
             return output.logits[0]
 
+    def enter_thread(self) -> None:
+        """Make the model's device the calling thread's: streams, events and launches are the current device's."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
+    def settle(self) -> None:
+        """Wait until the device has done what it was given, or is seen to be broken."""
+        if self.device.type == "cuda":
+            with suppress(RuntimeError):
+                torch.cuda.synchronize(self.device)
+
     def _device_step(self) -> DeviceStep:
+        """What runs the model with kernels."""
         return DeviceStep(self.model, self.router, self.cache, self._attend_configs)
 
     def _tune(self) -> Mapping[Hashable, Any]:
@@ -164,6 +181,8 @@ class ModelRunner:
     def _record(self, capture: Capture) -> DecodeGraphs | None:
         """Graphs of decoding, or None where the model's code does something that cannot be recorded."""
         assert isinstance(self.bank, DeviceModelSlots)
+        if self.quantization == "int8":  # its products ask the device which columns are large: nothing to record
+            return None
         graphs = DecodeGraphs(
             self._device_step(),
             self.bank,

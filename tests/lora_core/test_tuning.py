@@ -1,5 +1,6 @@
 """Launch parameters: the fastest that was measured, kept for the next start, and of no influence on the results."""
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -55,7 +56,10 @@ def test_the_fastest_is_found_and_kept(tmp_path: Path) -> None:
     assert again.num_measured == 2
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"a": 3}', '{"a": {"block_o": 32}}', '{"a": {"block_r": 1.5}}'])
+FOREIGN = json.dumps({"a": {"block_r": 16, "block_o": 48, "num_warps": 4, "num_stages": 2}})
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"a": 3}', '{"a": {"block_o": 32}}', '{"a": {"block_r": 1.5}}', FOREIGN])
 def test_a_file_that_says_something_else_counts_as_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(text)
     clock = Clock(lambda config: config.block_o, [])

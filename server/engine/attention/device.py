@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_core.ops.tuning import Tuner
+from lora_core.ops.tuning import Tuner, source_digest
 from server.engine.attention.interface import AttentionCall, Rotations
 from server.engine.kv_cache import KVCache, LayerShape
 
@@ -176,5 +176,8 @@ def _tune_spans(tuner: Tuner, cache: KVCache, spans: Sequence[Span], num_heads: 
         tiles = kernels.Tiles(fields, plan.blocks, num_queries, splits, {key: config})
         kernels.attend(call, query, keys, values, tiles, out)
 
-    name = f"attend {key}, {shape.num_kv_heads} heads, {keys.dtype}, blocks of {cache.block_size}"
-    return key, tuner.best(name, kernels.AttendConfig.default(out.element_size()), ATTEND_OPTIONS, run)
+    digest = source_digest(kernels)
+    name = f"attend {digest} {key}, {shape.num_kv_heads} heads, {keys.dtype}, blocks of {cache.block_size}"
+    rows = kernels.num_rows(*key[:2])
+    start = kernels.AttendConfig.default(out.element_size(), rows, shape.key_dim, shape.value_dim)
+    return key, tuner.best(name, start, ATTEND_OPTIONS, run)

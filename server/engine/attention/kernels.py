@@ -18,9 +18,13 @@ from torch import Tensor
 from lora_core.ops.triton import is_interpreted
 from server.engine.attention.interface import AttentionCall
 
-__all__ = ["AttendConfig", "Tiles", "attend", "store"]
+__all__ = ["AttendConfig", "Tiles", "attend", "num_rows", "store"]
 
 BLOCK_KEYS = 64
+# Shared memory for a program's queries, keys and values, of which the smallest GPUs have 99 KiB; for the latter alone.
+SHARED_BYTES, STAGES_BYTES = 96 << 10, 64 << 10
+# Sums that four warps hold in registers beside the rest.
+WARP_SUMS = 64 * 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +36,19 @@ class AttendConfig:
     num_stages: int
 
     @classmethod
-    def default(cls, itemsize: int) -> "AttendConfig":
-        return cls(BLOCK_KEYS if itemsize < 4 else BLOCK_KEYS // 2, 4, 2)
+    def default(cls, itemsize: int, num_rows: int, dim: int, value_dim: int) -> "AttendConfig":
+        """As many keys as there is room for beside the queries: 64 of 128 features in half precision; few in float32.
+
+        Args:
+            num_rows: queries of a program, `num_rows`; many with many features need the registers of more warps.
+        """
+        num_stages = 2
+        if itemsize >= 4:  # multiplied number by number, from registers
+            return cls(16, 4 if num_rows <= 16 else 8, num_stages)
+        row_bytes = itemsize * (_block(dim) + _block(value_dim)) * num_stages
+        room = min(STAGES_BYTES, SHARED_BYTES - itemsize * num_rows * _block(dim))
+        num_keys = 1 << max(4, (room // row_bytes).bit_length() - 1)
+        return cls(min(BLOCK_KEYS, num_keys), 4 if num_rows * _block(value_dim) <= WARP_SUMS else 8, num_stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +110,9 @@ def attend(call: AttentionCall, query: Tensor, keys: Tensor, values: Tensor, til
     group_size = query.shape[1] // num_kv_heads
     group_block = triton.next_power_of_2(group_size)
     key = tiles.num_queries, group_size, dim, value_dim
-    config = tiles.configs.get(key) or AttendConfig.default(out.element_size())
+    config = tiles.configs.get(key) or AttendConfig.default(
+        out.element_size(), num_rows(tiles.num_queries, group_size), dim, value_dim
+    )
     splits = tiles.num_splits
     parts, sums = out, out
     if splits > 1:
@@ -123,10 +140,10 @@ def attend(call: AttentionCall, query: Tensor, keys: Tensor, values: Tensor, til
         BLOCK_SIZE=keys.shape[2],
         DIM=dim,
         VALUE_DIM=value_dim,
-        BLOCK_DIM=max(16, triton.next_power_of_2(dim)),
-        BLOCK_VALUE_DIM=max(16, triton.next_power_of_2(value_dim)),
+        BLOCK_DIM=_block(dim),
+        BLOCK_VALUE_DIM=_block(value_dim),
         GROUP=group_block,
-        ROWS=max(16, tiles.num_queries * group_block),
+        ROWS=num_rows(tiles.num_queries, group_size),
         BLOCK_KEYS=config.block_keys,
         SPLITS=splits,
         HAS_WINDOW=call.window is not None,
@@ -138,6 +155,15 @@ def attend(call: AttentionCall, query: Tensor, keys: Tensor, values: Tensor, til
     )
     if splits > 1:
         _launch_join(parts, sums, tiles, out)
+
+
+def num_rows(num_queries: int, group_size: int) -> int:
+    """Queries of a program, those of all heads of a group: no fewer than a tensor core takes."""
+    return max(16, num_queries * triton.next_power_of_2(group_size))
+
+
+def _block(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))
 
 
 def _launch_join(parts: Tensor, sums: Tensor, tiles: Tiles, out: Tensor) -> None:
@@ -193,7 +219,8 @@ def _dot(a, b, acc, WIDEN: tl.constexpr):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
-@triton.jit
+# The number of tokens changes from step to step; Triton would compile a variant for 1 and one for multiples of 16.
+@triton.jit(do_not_specialize=["num_tokens"])
 def _attend(
     query,
     keys,
@@ -288,7 +315,7 @@ def _attend(
         tl.store(own + num_tokens * num_heads, total, mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _join(
     parts,
     sums,
