@@ -111,9 +111,9 @@ class ExpandConfig:
     @classmethod
     def default(cls, plan: RoutePlan, max_size: int, rank: int, itemsize: int) -> "ExpandConfig":
         """Large tiles have the sums of outputs and gains in the registers of eight warps, and h's splits take room."""
-        is_large = plan.tile_tokens == LARGE_TILE
-        block_o = min(64 if is_large and itemsize >= 4 else 128, max(16, triton.next_power_of_2(max_size)))
-        return cls(_rank_block(rank), block_o, 8 if is_large else 4, 2 if is_large or itemsize >= 4 else 3)
+        is_large, is_wide = plan.tile_tokens == LARGE_TILE, itemsize >= 4
+        block_o = min(64 if is_large and (is_wide or rank > 32) else 128, max(16, triton.next_power_of_2(max_size)))
+        return cls(_rank_block(rank), block_o, 8 if is_large else 4, 2 if is_large or is_wide else 3)
 
 
 @dataclass(frozen=True, slots=True)
