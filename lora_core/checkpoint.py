@@ -22,7 +22,6 @@ from lora_core.targets import match_targets
 from lora_core.weights import AdapterWeights, LoraTensors
 
 __all__ = [
-    "PICKLE_NAME",
     "WEIGHTS_NAME",
     "check_base_weight",
     "check_shape",

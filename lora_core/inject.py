@@ -17,6 +17,7 @@ from lora_core.layer import LoraLayer, LoraLinear, is_linear
 from lora_core.megatron import LoraParallelLinear, check_megatron, is_parallel_linear
 from lora_core.ops import apply_rows
 from lora_core.parameter import LoraParameter
+from lora_core.quant import is_quantized
 from lora_core.routing import Route, Router
 from lora_core.targets import Parts, Target, output_embedding_name, resolve
 from lora_core.whole import ModulesToSave, TrainableTokens
@@ -162,12 +163,11 @@ def replicate_layers(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Non
 def _check(config: LoraConfig, parts: Parts, model: nn.Module) -> None:
     """What would otherwise be found out halfway."""
     check_megatron(config, {target.name: base_of(model.get_submodule(target.name)) for target in parts.modules})
-    init = config.init_lora_weights
-    is_special = isinstance(init, str) and init.lower() != "gaussian"
     for target in parts.modules:
         base = base_of(model.get_submodule(target.name))
         if is_conv(base):
-            if is_special:
+            if _is_special(config):
+                init = config.init_lora_weights
                 raise ConfigError(f"Unknown initialization init_lora_weights={init!r} for a convolution")
             if target.r % base.groups:  # type: ignore[operator]
                 raise ConfigError(
@@ -176,18 +176,33 @@ def _check(config: LoraConfig, parts: Parts, model: nn.Module) -> None:
                 )
         if config.lora_bias and isinstance(base, nn.Embedding):
             raise ConfigError("lora_bias=True is not supported for Embedding.")
+    _check_parameters(config, parts, model)
+    for name in parts.biases:
+        layer_kind(base_of(model.get_submodule(name)))
+    for name in parts.whole:
+        if any(is_quantized(module) for module in model.get_submodule(name).modules()):
+            raise UnsupportedError(
+                f"{name!r} is quantized: an adapter has no copy of the whole module (modules_to_save)"
+            )
+
+
+def _check_parameters(config: LoraConfig, parts: Parts, model: nn.Module) -> None:
     if parts.parameters:
         wrong = next(
             (f for f in ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora") if getattr(config, f)), None
         )
-        if wrong is not None or is_special:
+        if wrong is not None or _is_special(config):
             raise ConfigError(f"lora.ParamWrapper does not work with {wrong or 'this init_lora_weights'}.")
     for target in parts.parameters:
         module = base_of(model.get_submodule(target.name.rpartition(".")[0]))
         if module in {base_of(model.get_submodule(t.name)) for t in parts.modules}:
             raise TargetError(f"{target.name!r} is targeted as a parameter, and its module as well")
-    for name in parts.biases:
-        layer_kind(base_of(model.get_submodule(name)))
+
+
+def _is_special(config: LoraConfig) -> bool:
+    """The starting values are neither PEFT's plain ones nor Gaussian."""
+    init = config.init_lora_weights
+    return isinstance(init, str) and init.lower() != "gaussian"
 
 
 def layer_kind(base: nn.Module) -> type[LoraLayer]:

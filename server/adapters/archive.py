@@ -13,7 +13,7 @@ from typing import BinaryIO
 from server.adapters.archive_source import ArchiveLimits, Budget, Gunzip, Member, Metered, library_errors, unsafe
 from server.adapters.archive_tar import tar_members
 from server.adapters.archive_zip import zip_members
-from server.adapters.objects import CONFIG_NAME, FILE_NAMES, INITIAL_NAME, WEIGHTS_NAME, remove
+from server.adapters.objects import CONFIG_NAME, FILE_NAMES, INITIAL_NAME, PICKLE_REFUSAL, WEIGHTS_NAME, remove
 from server.durable import copy_stream, storage_errors
 from server.errors import InvalidAdapterError, TooLargeError
 
@@ -128,9 +128,6 @@ def _meant(name: str) -> str | None:
 def _check_complete(names: set[str], has_pickle: bool) -> None:
     missing = [name for name in FILE_NAMES if name not in names]
     if WEIGHTS_NAME in missing and has_pickle:
-        raise InvalidAdapterError(
-            "pickle files can run code and are not read; save the adapter with `safe_serialization=True`",
-            code="adapter_pickle",
-        )
+        raise InvalidAdapterError(PICKLE_REFUSAL, code="adapter_pickle")
     if missing:
         raise InvalidAdapterError(f"the archive holds no {missing[0]}", code="adapter_files_missing")

@@ -19,7 +19,17 @@ from server.durable import rename, sync_folder
 from server.errors import NotFoundError, ServerError, UnavailableError
 from server.failpoints import failpoint
 
-__all__ = ["CONFIG_NAME", "FILE_NAMES", "INITIAL_NAME", "WEIGHTS_NAME", "ObjectFolder", "digest_of", "remove"]
+__all__ = [
+    "CONFIG_NAME",
+    "FILE_NAMES",
+    "INITIAL_NAME",
+    "PICKLE_NAME",
+    "PICKLE_REFUSAL",
+    "WEIGHTS_NAME",
+    "ObjectFolder",
+    "digest_of",
+    "remove",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +37,8 @@ logger = logging.getLogger(__name__)
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 FILE_NAMES = (CONFIG_NAME, WEIGHTS_NAME)
+PICKLE_NAME = "adapter_model.bin"
+PICKLE_REFUSAL = "pickle files can run code and are not read; save the adapter with `safe_serialization=True`"
 INITIAL_NAME = "initial"  # folder beside the two files: the same adapter as it was before its training
 
 

@@ -4,10 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lora_core.checkpoint import PICKLE_NAME
 from lora_core.ledger import TensorGroup
 from lora_core.refusal import refused_groups
-from server.adapters.objects import CONFIG_NAME, WEIGHTS_NAME
+from server.adapters.objects import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
 from server.errors import InvalidAdapterError
 
 __all__ = ["Report", "file_report", "folder_report", "import_report", "refused_file"]

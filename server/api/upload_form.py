@@ -10,7 +10,7 @@ from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from server.adapters.objects import CONFIG_NAME, FILE_NAMES, INITIAL_NAME, WEIGHTS_NAME
+from server.adapters.objects import CONFIG_NAME, FILE_NAMES, INITIAL_NAME, PICKLE_REFUSAL, WEIGHTS_NAME
 from server.adapters.record import AdapterRecord, Publication
 from server.adapters.report import refused_file
 from server.errors import InvalidRequestError
@@ -77,11 +77,7 @@ class UploadForm:
             return adapters.upload_files(self.name, self.files, self.publication)
         pickle = next((name for name in sorted(names) if name.lower().endswith(PICKLE_SUFFIXES)), None)
         if pickle is not None:
-            raise refused_file(
-                pickle,
-                "pickle files can run code and are not read; save the adapter with `safe_serialization=True`",
-                "adapter_pickle",
-            )
+            raise refused_file(pickle, PICKLE_REFUSAL, "adapter_pickle")
         if len(names) == 1 and not names & (own | initial):
             return adapters.upload_archive(self.name, next(iter(self.files.values())), self.publication)
         raise refused_file(

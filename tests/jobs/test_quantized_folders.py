@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lora_core import UnsupportedError
 from lora_core.convert import convert_to_lora
 from lora_core.layer import is_conv1d
 from lora_core.quant_files import DequantizedTensors
@@ -207,3 +208,20 @@ def test_other_packages_files_are_refused_by_name(seed: int, tmp_path: Path) -> 
     with pytest.raises(InvalidRequestError, match="quantized by gptq") as caught:
         merge.run(task, lambda stage, fraction: None)
     assert caught.value.code == "not_supported"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_adapter_that_trains_a_quantized_layer_as_a_whole_is_refused(seed: int, tmp_path: Path, form: str) -> None:
+    base = write_tiny_folder(tmp_path / "base", "llama", seed)
+    reference = peft_adapters.peft_model(
+        base, "llama", seed, r=4, target_modules=["q_proj"], modules_to_save=["up_proj"]
+    )
+    adapter = peft_adapters.save(reference, tmp_path / "adapter")
+    save_quantized(tmp_path / "base", tmp_path / "quantized", FORMS[form], dtype=torch.float32, device=CPU)
+    task = {"adapters": [str(adapter)], "weights": [1.0], "safe_merge": True}
+    quantized = task | {"base": str(tmp_path / "quantized"), "out": str(tmp_path / "out")}
+    with torch.no_grad(), pytest.raises(UnsupportedError, match=r"up_proj.* is quantized: .*modules_to_save"):
+        merge.run(quantized, lambda stage, fraction: None)
+    whole = task | {"base": str(tmp_path / "base"), "out": str(tmp_path / "whole")}
+    with torch.no_grad():
+        assert not merge.run(whole, lambda stage, fraction: None)["base_quantized"]

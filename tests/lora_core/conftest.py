@@ -1,10 +1,13 @@
 """Every test starts from a fresh seed, which pytest shows when the test fails, and computes on one thread."""
 
-import random
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.fresh_seed import seed
+
+__all__ = ["one_thread", "seed"]
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -14,12 +17,3 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> int:
-    value = random.SystemRandom().randrange(1 << 30)
-    print(f"seed {value}")
-    random.seed(value)
-    torch.manual_seed(value)
-    return value

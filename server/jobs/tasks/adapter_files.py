@@ -5,10 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lora_core import LoraError
-from server.adapters.objects import CONFIG_NAME, FILE_NAMES, WEIGHTS_NAME
+from server.adapters.objects import CONFIG_NAME, FILE_NAMES, PICKLE_NAME, PICKLE_REFUSAL, WEIGHTS_NAME
 from server.adapters.report import folder_report
 from server.errors import InvalidAdapterError
-from server.jobs.tasks.s3 import PICKLE_NAME
 
 __all__ = ["taken"]
 
@@ -35,9 +34,6 @@ def taken(folder: Path, initial: Path | None = None) -> Iterator[None]:
 
 def _check_files(folder: Path, whose: str) -> None:
     if not (folder / WEIGHTS_NAME).is_file() and (folder / PICKLE_NAME).exists():
-        raise InvalidAdapterError(
-            "pickle files can run code and are not read; save the adapter with `safe_serialization=True`",
-            code="adapter_pickle",
-        )
+        raise InvalidAdapterError(PICKLE_REFUSAL, code="adapter_pickle")
     if not all((folder / name).is_file() for name in FILE_NAMES):
         raise InvalidAdapterError(f"there are no {CONFIG_NAME} and {WEIGHTS_NAME}{whose}", code="adapter_files_missing")

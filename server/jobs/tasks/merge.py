@@ -3,13 +3,14 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_core import LoraError, LoraModel, UnsupportedError
+from lora_core import LoraError, LoraModel
 from lora_core.adapter_module import AdapterModule
 from lora_core.layer import LoraLayer
 from lora_core.quant_files import DequantizedTensors
@@ -81,9 +82,9 @@ def _merged(
 ) -> Tensor:
     """A tensor with so much of each adapter, as the files of an unquantized model hold it."""
     if isinstance(tensors, DequantizedTensors) and tensors.is_quantized(key):
-        matrix = module.merged_matrix(weights) if isinstance(module, LoraLayer) else None
-        if matrix is None:
-            raise UnsupportedError(f"{key!r} is quantized, and an adapter trains the whole module")
+        assert isinstance(module, LoraLayer)  # a copy of the whole is not injected where the layer is quantized
+        matrix = module.merged_matrix(weights)
+        assert matrix is not None
         return tensors.as_stored(key, matrix)
     return module.merged_parameters(weights)[attribute]
 
@@ -171,14 +172,11 @@ class _Shard:
 def _write_shards(tensors: Iterator[tuple[str, Tensor]], out: Path, names: Sequence[str]) -> int:
     """Write shards of about SHARD_BYTES, and their index if there are several; returns their number."""
     shards: list[_Shard] = []
-    for key, value in tensors:
-        if not shards or shards[-1].num_bytes >= SHARD_BYTES:
-            shards.append(_Shard(out / f"shard{len(shards)}", names))
-        shards[-1].add(key, value)
-        if shards[-1].num_bytes >= SHARD_BYTES:
-            shards[-1].close()
-    if shards[-1].num_bytes < SHARD_BYTES:
-        shards[-1].close()
+    with ExitStack() as files:
+        for key, value in tensors:
+            if not shards or shards[-1].num_bytes >= SHARD_BYTES:
+                shards.append(files.enter_context(closing(_Shard(out / f"shard{len(shards)}", names))))
+            shards[-1].add(key, value)
     if len(shards) == 1:
         (out / "shard0").rename(out / "model.safetensors")
         return 1

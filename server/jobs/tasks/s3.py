@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from server.adapters.objects import FILE_NAMES, INITIAL_NAME, WEIGHTS_NAME
+from server.adapters.objects import FILE_NAMES, INITIAL_NAME, PICKLE_NAME, WEIGHTS_NAME
 from server.durable import copy_stream
 from server.errors import InvalidRequestError, NotFoundError, UnavailableError
 
-__all__ = ["PICKLE_NAME", "fetch_from_s3"]
+__all__ = ["fetch_from_s3"]
 
-PICKLE_NAME = "adapter_model.bin"
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 NOT_SHOWN = frozenset({"403", "404", "AccessDenied", "NoSuchBucket", "NoSuchKey"})
 CONNECT_S, READ_S, MAX_ATTEMPTS = 10, 60, 3
