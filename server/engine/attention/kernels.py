@@ -44,7 +44,9 @@ class AttendConfig:
         """
         num_stages = 2
         if itemsize >= 4:  # multiplied number by number, from registers
-            return cls(16, 4 if num_rows <= 16 else 8, num_stages if _block(dim) <= 128 else 1)
+            if _block(dim) > 128:  # ... of more warps; and one stage, for the queries take the room
+                return cls(16, 4 if num_rows <= 16 else 16, 1)
+            return cls(16, 4 if num_rows <= 16 else 8, num_stages)
         row_bytes = itemsize * (_block(dim) + _block(value_dim)) * num_stages
         room = min(STAGES_BYTES, SHARED_BYTES - itemsize * num_rows * _block(dim))
         num_keys = 1 << max(4, (room // row_bytes).bit_length() - 1)
