@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_core.native import library
+from lora_core.native.linear import NativeWeight
+
 __all__ = ["INT4_GROUP", "Int4Weight", "PackedWeight", "can_be_int4", "has_int4", "round_to_int4"]
 
 # The kernels choose a layout for about so many rows; it serves other numbers nearly as well.
@@ -37,7 +40,10 @@ class PackedWeight:
     def __init__(self, weight: Tensor) -> None:
         packers = _packers() if _is_packable(weight) else None
         self.is_packed = packers is not None
-        if packers is None:
+        self._native: NativeWeight | None = None
+        if packers is None and _is_packable(weight) and library(weight.dtype) is not None:
+            self._native, self.is_packed = NativeWeight(weight), True
+        elif packers is None:
             self._weight = weight
             self._linear: Any = None
         else:
@@ -46,6 +52,8 @@ class PackedWeight:
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., I], bias [O] -> [..., O]."""
+        if self._native is not None:
+            return self._native(x, bias)
         if self._linear is None:
             return F.linear(x, self._weight, bias)
         out: Tensor = self._linear(x, self._weight, bias, "none", [], "")
@@ -53,6 +61,8 @@ class PackedWeight:
 
     def unpack(self, rows: slice = slice(None)) -> Tensor:
         """The weight's rows [rows, I], bit for bit: a copy if it is packed, its own storage otherwise."""
+        if self._native is not None:
+            return self._native.unpack()[rows]
         torch.get_num_threads()  # oneDNN would ask OpenMP; a thread's first PyTorch operator sets the number there
         return (self._weight.to_dense() if self.is_packed else self._weight)[rows]
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lora_core.device_slots import DeviceSlots, LayerKernels
 from lora_core.layer import LoraLinear, is_conv1d, linear_shape, linear_weight
 from lora_core.ops.kernels import KernelGroup
+from lora_core.ops.native import NativeGroup, can_be_native
 from lora_core.ops.packed import AdapterPacker, GroupAdapters
 from lora_core.packing import Int4Weight, PackedWeight, can_be_int4
 from lora_core.quant import is_quantized
@@ -110,9 +111,10 @@ class SharedLinears:
 def _group_adapters(slots: Sequence[SlotsOfLayer | None], packer: AdapterPacker) -> LayerKernels:
     """What applies the members' adapters: kernels if they are on a device, packed products if they are in arenas."""
     on_device = [member for member in slots if isinstance(member, DeviceSlots)]
-    return (
-        KernelGroup(on_device) if on_device else GroupAdapters([s for s in slots if isinstance(s, LayerSlots)], packer)
-    )
+    if on_device:
+        return KernelGroup(on_device)
+    arenas = [member for member in slots if isinstance(member, LayerSlots)]
+    return NativeGroup(arenas) if can_be_native(arenas) else GroupAdapters(arenas, packer)
 
 
 class PackedLinear(nn.Module):

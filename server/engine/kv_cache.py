@@ -63,6 +63,10 @@ class KVCache:
     def device(self) -> torch.device:
         return self._pools[0][0].device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._pools[0][0].dtype
+
     @staticmethod
     def bytes_per_token(layers: Sequence[LayerShape], dtype: torch.dtype) -> int:
         return sum(layer.num_elements for layer in layers) * dtype.itemsize

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_core import LoraLinear
+from lora_core.native.small import native_rms_norm, native_silu_gate
 from lora_core.shared import SharedLinears
 from server.engine.attention import TOLERANCE
 
@@ -28,7 +29,8 @@ class RmsNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+        own = native_rms_norm(hidden_states, self.weight, self.eps)
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps) if own is None else own
 
 
 class GatedMlp(nn.Module):
@@ -49,8 +51,11 @@ class GatedMlp(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         both = self._projections.side_by_side((self.gate_proj, self.up_proj), hidden_states)
-        gate, up = both.split(self._projections.sizes, -1)
-        out: Tensor = self.down_proj(self._activation(gate).mul_(up))
+        inner = native_silu_gate(both) if self._activation is F.silu else None
+        if inner is None:
+            gate, up = both.split(self._projections.sizes, -1)
+            inner = self._activation(gate).mul_(up)
+        out: Tensor = self.down_proj(inner)
         return out
 
 

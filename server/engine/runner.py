@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from lora_core import DeviceModelSlots, LoraLinear, ModelSlots, Router, attach_slots, wrap_linears
 from lora_core.ops.tuning import tune_adapters, tuner_for
 from server.allocator import keep_freed
-from server.engine.attention import NO_CONFIGS, DecodeCopies, PagedAttention, tune_attention, use_step
+from server.engine.attention import (
+    NO_CONFIGS,
+    AttentionStep,
+    DecodeCopies,
+    NativeAttention,
+    PagedAttention,
+    tune_attention,
+    use_step,
+)
 from server.engine.batch import Batch, with_tokens
 from server.engine.device_step import DeviceStep, what_kernels_lack
 from server.engine.graphs import Capture, CudaCapture, DecodeGraphs
@@ -112,6 +120,7 @@ class ModelRunner:
         self.cache = self._make_cache()
         longest = min(self.facts.max_positions, (self.cache.num_blocks - 1) * config.block_size)
         self.max_model_len = min(longest, config.max_model_len or longest)
+        self.is_native = NativeAttention.can_read(self.cache) and not self.uses_kernels
         self.copies = DecodeCopies(int(self._kv_bytes() * COPY_SHARE))
         self.reference = make_reference(model, self.facts.vocab_size, self.max_model_len)
         self.router = Router()
@@ -137,7 +146,11 @@ class ModelRunner:
             replayed = None if self.graphs is None else self.graphs.run(batch, last)
             return self._device_step().run(batch, last) if replayed is None else replayed
         self.cache.zero(batch.new_blocks)
-        attention = PagedAttention(self.cache, batch.cache_positions, batch.groups, self.copies)
+        attention: AttentionStep = (
+            NativeAttention(self.cache, batch.cache_positions, batch.spans)
+            if self.is_native
+            else PagedAttention(self.cache, batch.cache_positions, batch.groups, self.copies)
+        )
         with torch.inference_mode(), self.router.use(batch.route, batch.head_route):
             output = self.model(
                 input_ids=with_tokens(batch.input_ids, last),

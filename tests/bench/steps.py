@@ -19,12 +19,13 @@ import torch
 
 import server.engine.loop as engine_loop
 from lora_core.maths import Folded
+from lora_core.ops.native import NativeGroup
 from lora_core.ops.packed import GroupAdapters
 from lora_core.packing import PackedWeight
 from server.delivery import Delivery, GenerationGroup
 from server.demo import ensure_demo_model
 from server.engine import EngineConfig, EngineLoop, GenerationRequest, ModelRunner, SamplingParams, load_runner
-from server.engine.attention import PagedAttention
+from server.engine.attention import NativeAttention, PagedAttention
 from server.engine.sampling import Drawn
 from server.engine.scheduler import Scheduler, Step
 from tests.bench.machine import start_quietly
@@ -41,8 +42,11 @@ PARTS: Sequence[tuple[str, Any, str]] = (
     ("scheduling", engine_loop, "build_batch"),
     ("base products", PackedWeight, "__call__"),
     ("adapters", GroupAdapters, "apply"),
+    ("adapters", NativeGroup, "apply"),
     ("attention and cache", PagedAttention, "attend_joined"),
     ("attention and cache", PagedAttention, "attend"),
+    ("attention and cache", NativeAttention, "attend_joined"),
+    ("attention and cache", NativeAttention, "attend"),
     ("sampling", engine_loop, "draw"),
     ("sampling", Drawn, "read"),
     ("delivery", EngineLoop, "_advance"),

@@ -3,6 +3,7 @@
 from server.engine.attention.copies import DecodeCopies
 from server.engine.attention.device import NO_CONFIGS, AttentionPlan, DeviceAttention, Span, tune_attention
 from server.engine.attention.interface import ATTENTION_NAME, AttentionCall, AttentionStep, register, use_step
+from server.engine.attention.native import NativeAttention
 from server.engine.attention.paged import AttentionGroup, PagedAttention
 from server.engine.attention.probe import AttentionProbe
 from server.engine.attention.rotary import TOLERANCE, RotaryAttention, replace_attention
@@ -18,6 +19,7 @@ __all__ = [
     "AttentionStep",
     "DecodeCopies",
     "DeviceAttention",
+    "NativeAttention",
     "PagedAttention",
     "RotaryAttention",
     "Span",

@@ -117,9 +117,6 @@ class DeviceAttention:
         ]
         self._rotations = Rotations()
 
-    def rotation(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return self._rotations.get(embeddings)
-
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys, values = self._cache.heads(call.layer)
         query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
@@ -129,7 +126,10 @@ class DeviceAttention:
             self._kernels.attend(call, query, keys, values, tiles, out)
         return out
 
-    def attend_joined(self, call: AttentionCall, heads: Tensor, num_kv_heads: int) -> Tensor:
+    def attend_joined(
+        self, call: AttentionCall, heads: Tensor, num_kv_heads: int, embeddings: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        self._rotations.rotate(heads[:, :-num_kv_heads], embeddings)
         parts = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
         return self.attend(call, *parts)
 

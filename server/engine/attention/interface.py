@@ -21,7 +21,6 @@ __all__ = [
     "AttentionStep",
     "Rotations",
     "register",
-    "signed_rotation",
     "use_step",
 ]
 
@@ -71,11 +70,15 @@ class AttentionStep(Protocol):
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [T, H, D], key [T, Hkv, D], value [T, Hkv, Dv] of the new tokens -> [T, H, Dv]."""
 
-    def attend_joined(self, call: AttentionCall, heads: Tensor, num_kv_heads: int) -> Tensor:
-        """The same for queries, keys and values in one tensor, [T, H + 2·Hkv, D], in this order."""
+    def attend_joined(
+        self, call: AttentionCall, heads: Tensor, num_kv_heads: int, embeddings: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """The same for queries, keys and values in one tensor, [T, H + 2·Hkv, D], in this order, not yet rotated.
 
-    def rotation(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """`signed_rotation`, once a step for all layers that share the embeddings."""
+        Args:
+            heads: may be overwritten.
+            embeddings: cos and sin, [1, T, D] each, of rotary positions (Su et al. 2021, in Llama's order of halves).
+        """
 
 
 def register() -> None:
@@ -88,24 +91,26 @@ def use_step(step: AttentionStep) -> dict[str, Any]:
     return {STEP_ARGUMENT: step}
 
 
-def signed_rotation(embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """cos, sin [1, T, D] -> [T, 1, D] each, the first half of sin negated: x·cos + roll(x, D/2)·sin then rotates x."""
-    cos, sin = (part[0].unsqueeze(1) for part in embeddings)
-    half = sin.shape[-1] // 2
-    return cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-
-
 class Rotations:
-    """`signed_rotation` of the embeddings that a step has seen, of which all layers, or all of a kind, share one."""
+    """Rotates queries and keys; what a step has seen of embeddings, of which layers share one, is prepared once."""
 
     def __init__(self) -> None:
         self._known: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
 
-    def get(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        for sin, rotation in self._known:
-            if sin is embeddings[1]:
+    def rotate(self, heads: Tensor, embeddings: tuple[Tensor, Tensor]) -> None:
+        """heads [T, N, D] in place: x·cos + rotate_half(x)·sin."""
+        cos, sin = self._signed(embeddings)
+        turned = heads.roll(heads.shape[-1] // 2, dims=-1)
+        heads.mul_(cos).addcmul_(turned, sin)
+
+    def _signed(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """cos, sin [1, T, D] -> [T, 1, D] each, the first half of sin negated: a roll is a rotation of halves then."""
+        for known, rotation in self._known:
+            if known is embeddings[1]:
                 return rotation
-        self._known.append((embeddings[1], signed_rotation(embeddings)))
+        cos, sin = (part[0].unsqueeze(1) for part in embeddings)
+        half = sin.shape[-1] // 2
+        self._known.append((embeddings[1], (cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1))))
         return self._known[-1][1]
 
 

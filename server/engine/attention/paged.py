@@ -101,16 +101,19 @@ class PagedAttention:
                 self._copies[i] = copy
         self._rotations = Rotations()
 
-    def rotation(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return self._rotations.get(embeddings)
-
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self._cache.is_joined:
-            return self.attend_joined(call, torch.cat([query, key, value], dim=1), key.shape[1])
+            return self._attend_joined(call, torch.cat([query, key, value], dim=1), key.shape[1])
         self._cache.write(call.layer, self._positions, key, value)
         return self._join([self._attend_group(call, g, query[g.start : g.stop]) for g in self._groups])
 
-    def attend_joined(self, call: AttentionCall, heads: Tensor, num_kv_heads: int) -> Tensor:
+    def attend_joined(
+        self, call: AttentionCall, heads: Tensor, num_kv_heads: int, embeddings: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        self._rotations.rotate(heads[:, :-num_kv_heads], embeddings)
+        return self._attend_joined(call, heads, num_kv_heads)
+
+    def _attend_joined(self, call: AttentionCall, heads: Tensor, num_kv_heads: int) -> Tensor:
         num_query_heads = heads.shape[1] - 2 * num_kv_heads
         query, key_value = heads[:, :num_query_heads], heads[:, num_query_heads:]
         self._cache.write_joined(call.layer, self._positions, key_value)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from server.engine.attention.interface import AttentionCall, signed_rotation
+from server.engine.attention.interface import AttentionCall
 from server.engine.kv_cache import LayerShape
 from server.errors import InvalidRequestError
 
@@ -23,12 +23,11 @@ class AttentionProbe:
         self.calls.append(call)
         return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
 
-    def attend_joined(self, call: AttentionCall, heads: Tensor, num_kv_heads: int) -> Tensor:
+    def attend_joined(
+        self, call: AttentionCall, heads: Tensor, num_kv_heads: int, embeddings: tuple[Tensor, Tensor]
+    ) -> Tensor:
         num_query_heads = heads.shape[1] - 2 * num_kv_heads
         return self.attend(call, *heads.split([num_query_heads, num_kv_heads, num_kv_heads], dim=1))
-
-    def rotation(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return signed_rotation(embeddings)
 
     def layer_shapes(self) -> list[LayerShape]:
         """What each layer stores, by layer index.

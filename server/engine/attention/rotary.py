@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_core import LoraLinear
 from lora_core.shared import SharedLinears
-from server.engine.attention.interface import STEP_ARGUMENT, AttentionCall, AttentionStep, signed_rotation
+from server.engine.attention.interface import STEP_ARGUMENT, AttentionCall, AttentionStep, Rotations
 
 __all__ = ["TOLERANCE", "RotaryAttention", "replace_attention"]
 
@@ -46,11 +46,7 @@ class RotaryAttention(nn.Module):
         step: AttentionStep = kwargs[STEP_ARGUMENT]
         joined = self._projections.side_by_side((self.q_proj, self.k_proj, self.v_proj), hidden_states)
         heads = joined.view(hidden_states.shape[1], -1, self._head_dim)  # [T, H + 2·Hkv, D]
-        rotated = heads[:, : -self._num_kv_heads]
-        cos, sin = step.rotation(position_embeddings)
-        turned = rotated.roll(self._head_dim // 2, dims=-1)
-        rotated.mul_(cos).addcmul_(turned, sin)
-        out = step.attend_joined(self._call, heads, self._num_kv_heads)
+        out = step.attend_joined(self._call, heads, self._num_kv_heads, position_embeddings)
         return self.o_proj(out.reshape(1, hidden_states.shape[1], -1)), None
 
 
@@ -66,12 +62,12 @@ class Recorder:
         self.given = torch.cat([query, key, value], dim=1) if key.shape[-1] == value.shape[-1] else None
         return query.clone()
 
-    def attend_joined(self, call: AttentionCall, heads: Tensor, num_kv_heads: int) -> Tensor:
+    def attend_joined(
+        self, call: AttentionCall, heads: Tensor, num_kv_heads: int, embeddings: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        Rotations().rotate(heads[:, :-num_kv_heads], embeddings)
         query, key, value = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
         return self.attend(call, query, key, value)
-
-    def rotation(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return signed_rotation(embeddings)
 
 
 def replace_attention(model: nn.Module, trial: Any, groups: list[SharedLinears]) -> int:

@@ -1,0 +1,251 @@
+// Attention of new tokens over a cache in blocks: rotation, writing and reading in one call.
+//
+// A unit of work is a key head and some rows, a row being one query head of one token. Keys are taken in chunks of whole
+// blocks, so that a row's sums have one order, whether its token is one of a prompt or decodes. In a block keys lie
+// transposed, [dim, block_size]: scores of neighbouring keys are neighbours in a vector.
+#include "vector.h"
+#include <math.h>
+#include <stdlib.h>
+
+#define ROWS 15     // of a unit: whole tiles
+#define KEY_TILE 5  // rows whose sums for two vectors of keys fit the registers
+#define MIN_CHUNK 32 // keys
+#define MIN_WORK 20000
+#define PADDED(n) (((n) + VL - 1) / VL * VL)
+
+typedef struct {
+    const T *query, *key, *value; // [tokens, heads, dim], tokens `*_stride` apart
+    T *out;                       // [tokens, num_heads, value_dim]
+    T *keys, *values; // pools [num_kv_heads, blocks, dim, block_size] and [.., block_size, value_dim], heads `*_head` apart
+    const T *cos, *sin;           // [tokens, dim], to rotate queries and keys by; or null
+    const float *sinks;           // [num_heads] or null
+    const int64_t *positions;     // [tokens] where a token goes in the pools
+    const int32_t *table;         // [sequences, table_width] blocks
+    const int32_t *sequences;     // [sequences][3] first new token, new tokens, all tokens
+    int64_t query_stride, key_stride, value_stride, keys_head, values_head;
+    int64_t num_tokens, num_sequences, table_width, block_size, num_heads, num_kv_heads, dim, value_dim;
+    int64_t window; // tokens that a query sees, itself included; 0 for all
+    float scaling, softcap;
+} Attention;
+
+// x·cos + rotate_half(x)·sin, times a factor; out has dim floats.
+INLINE void rotated(const Attention *a, const T *x, int64_t token, float factor, float *out) {
+    int64_t half = a->dim / 2;
+    const T *cos = a->cos + token * a->dim, *sin = a->sin + token * a->dim;
+    for (int64_t i = 0; i < half; i++) {
+        float low = get(x + i), high = get(x + half + i);
+        out[i] = (low * get(cos + i) - high * get(sin + i)) * factor;
+        out[half + i] = (high * get(cos + half + i) + low * get(sin + half + i)) * factor;
+    }
+}
+
+static void write_token(const Attention *a, int64_t token) {
+    int64_t block = a->positions[token] / a->block_size, offset = a->positions[token] % a->block_size;
+    for (int64_t head = 0; head < a->num_kv_heads; head++) {
+        const T *key = a->key + token * a->key_stride + head * a->dim;
+        T *place = a->keys + head * a->keys_head + block * a->block_size * a->dim + offset, turned[PADDED(a->dim)];
+        if (a->cos) {
+            float numbers[PADDED(a->dim)];
+            rotated(a, key, token, 1, numbers);
+            for (int64_t i = 0; i < a->dim; i += VL)
+                store(turned + i, load_float(numbers + i));
+            key = turned;
+        }
+        for (int64_t i = 0; i < a->dim; i++)
+            place[i * a->block_size] = key[i];
+        memcpy(a->values + head * a->values_head + a->positions[token] * a->value_dim,
+               a->value + token * a->value_stride + head * a->value_dim, a->value_dim * sizeof(T));
+    }
+}
+
+// out [rows, n] (+)= x [rows, size] · numbers [size, ld], for up to `parts` vectors of columns, n of them in the last.
+// Lines of `next`, which is wanted after `numbers` and lies as it does, are fetched meanwhile.
+INLINE void product(int rows, int parts, int n, int is_sum, const float *x, int64_t ldx, const T *numbers, int64_t ld,
+                    int64_t size, const T *next, float *out, int64_t ldo) {
+    vec sums[KEY_TILE][4];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < parts; c++)
+            sums[r][c] = is_sum ? load_float(out + r * ldo + c * VL) : all(0);
+    for (int64_t j = 0; j < size; j++) {
+        vec own[4];
+#pragma GCC unroll 4
+        for (int c = 0; c < parts; c++)
+            own[c] = load_part(numbers + j * ld + c * VL, n);
+        if (next)
+            __builtin_prefetch(next + j * ld);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            vec factor = all(x[r * ldx + j]);
+#pragma GCC unroll 4
+            for (int c = 0; c < parts; c++)
+                sums[r][c] += factor * own[c];
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < parts; c++)
+            store_float(out + r * ldo + c * VL, sums[r][c]);
+}
+
+// Some rows x all columns; `parts` vectors of them at a time.
+INLINE void products(int rows, int parts, int is_sum, const float *x, int64_t ldx, const T *numbers, int64_t ld,
+                     int64_t size, const T *next, float *out, int64_t ldo) {
+    int64_t c = 0;
+    for (; c + parts * VL <= ld; c += parts * VL)
+        product(rows, parts, VL, is_sum, x, ldx, numbers + c, ld, size, next ? next + c : 0, out + c, ldo);
+    for (; c + VL <= ld; c += VL)
+        product(rows, 1, VL, is_sum, x, ldx, numbers + c, ld, size, next ? next + c : 0, out + c, ldo);
+    if (c < ld)
+        product(rows, 1, ld - c, is_sum, x, ldx, numbers + c, ld, size, 0, out + c, ldo);
+}
+
+#define CASE(rows)                                                                                                     \
+    case rows:                                                                                                         \
+        products(rows, 2, 0, q, dim, keys, B, dim, next, scores, ldo);                                                 \
+        break;
+
+// scores [rows, B] = q [rows, dim] · keys [dim, B].
+static void score(int64_t rows, const float *q, int64_t dim, const T *keys, int64_t B, const T *next, float *scores,
+                  int64_t ldo) {
+    for (int64_t left = rows; left > 0; left -= KEY_TILE, q += KEY_TILE * dim, scores += KEY_TILE * ldo, next = 0)
+        switch (left) {
+            CASE(1)
+            CASE(2)
+            CASE(3)
+            CASE(4)
+            default:
+                products(KEY_TILE, 2, 0, q, dim, keys, B, dim, next, scores, ldo);
+        }
+}
+#undef CASE
+
+// out [rows, dim] += weights [rows, n] · values [n, dim]; out has whole vectors.
+static void add(int64_t rows, const float *weights, int64_t ldw, const T *values, int64_t dim, int64_t n, const T *next,
+                float *out, int64_t ldo) {
+    for (int64_t left = rows; left > 0; left -= 3, weights += 3 * ldw, out += 3 * ldo, next = 0)
+        if (left == 1)
+            products(1, 4, 1, weights, ldw, values, dim, n, next, out, ldo);
+        else if (left == 2)
+            products(2, 4, 1, weights, ldw, values, dim, n, next, out, ldo);
+        else
+            products(3, 4, 1, weights, ldw, values, dim, n, next, out, ldo);
+}
+
+// Scores [size] of a row become weights; keys outside [oldest, newest], counted from the first, have none. Returns the
+// factor for what was added up before.
+static float soften(float softcap, float *scores, int64_t size, int64_t oldest, int64_t newest, float *peak,
+                    float *total) {
+    vec highest_scores = all(*peak), sums = all(0);
+    ivec is_bad = {0}, place;
+    for (int i = 0; i < VL; i++)
+        place[i] = i;
+    for (int64_t j = 0; j < size; j += VL, place += VL) {
+        if (softcap != 0)
+            for (int i = 0; i < VL; i++)
+                scores[j + i] = softcap * tanhf(scores[j + i] / softcap);
+        vec s = pick((place < (int32_t)oldest) | (place > (int32_t)newest), all(-INFINITY), load_float(scores + j));
+        is_bad |= (s != s) | (s == INFINITY);
+        highest_scores = larger(s, highest_scores);
+        store_float(scores + j, s);
+    }
+    for (int i = 0; i < VL; i++)
+        if (is_bad[i])
+            *total = NAN; // and so is the result
+    float now = highest(highest_scores), factor;
+    if (now == -INFINITY) {
+        memset(scores, 0, size * sizeof(float));
+        return 1;
+    }
+    for (int64_t j = 0; j < size; j += VL) {
+        vec weights = exp_negative(load_float(scores + j) - now);
+        store_float(scores + j, weights);
+        sums += weights;
+    }
+    factor = *peak == now ? 1 : expf(*peak - now);
+    *total = *total * factor + sum(sums);
+    *peak = now;
+    return factor;
+}
+
+// Rows [first, first + rows) of a sequence for one key head; row r is query head r % group of new token r / group.
+static void unit(const Attention *a, int64_t sequence, int64_t kv_head, int64_t first, int64_t rows) {
+    const int32_t *own = a->sequences + 3 * sequence, *table = a->table + sequence * a->table_width;
+    int64_t group = a->num_heads / a->num_kv_heads, B = a->block_size, value_size = PADDED(a->value_dim);
+    int64_t before = own[2] - own[1]; // tokens of the sequence before the new ones
+    int64_t blocks = (MIN_CHUNK + B - 1) / B, chunk = PADDED(blocks * B) + VL;
+    float q[ROWS * a->dim], out[ROWS * value_size], scores[ROWS * chunk], peaks[ROWS], totals[ROWS];
+    const T *key_pool = a->keys + kv_head * a->keys_head, *value_pool = a->values + kv_head * a->values_head;
+    memset(out, 0, sizeof out);
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t token = own[0] + (first + r) / group, head = kv_head * group + (first + r) % group;
+        const T *from = a->query + token * a->query_stride + head * a->dim;
+        if (a->cos)
+            rotated(a, from, token, a->scaling, q + r * a->dim);
+        else
+            for (int64_t i = 0; i < a->dim; i++)
+                q[r * a->dim + i] = get(from + i) * a->scaling;
+        peaks[r] = a->sinks ? a->sinks[head] : -INFINITY;
+        totals[r] = a->sinks ? 1 : 0;
+    }
+    int64_t newest = before + (first + rows - 1) / group, stop = newest / B + 1, block = 0;
+    if (a->window && before + first / group >= a->window)
+        block = (before + first / group - a->window + 1) / B / blocks * blocks;
+    for (; block < stop; block += blocks) {
+        int64_t n = stop - block < blocks ? stop - block : blocks, keys = n * B;
+        for (int64_t b = block; b < block + n; b++) {
+            const T *next = b + 1 < stop ? key_pool + table[b + 1] * B * a->dim : 0;
+            score(rows, q, a->dim, key_pool + table[b] * B * a->dim, B, next, scores + (b - block) * B, chunk);
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            int64_t position = before + (first + r) / group - block * B;
+            int64_t oldest = a->window ? position - a->window + 1 : 0;
+            float factor = soften(a->softcap, scores + r * chunk, PADDED(keys), oldest, position, peaks + r, totals + r);
+            for (int64_t i = 0; factor != 1 && i < value_size; i += VL)
+                store_float(out + r * value_size + i, load_float(out + r * value_size + i) * factor);
+        }
+        for (int64_t b = block; b < block + n; b++) {
+            const T *next = b + 1 < stop ? value_pool + table[b + 1] * B * a->value_dim : 0;
+            // What lies behind the newest key is nobody's yet, and is not read.
+            int64_t known = newest - b * B + 1 < B ? newest - b * B + 1 : B;
+            add(rows, scores + (b - block) * B, chunk, value_pool + table[b] * B * a->value_dim, a->value_dim, known,
+                next, out, value_size);
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t token = own[0] + (first + r) / group, head = kv_head * group + (first + r) % group;
+        T *to = a->out + (token * a->num_heads + head) * a->value_dim;
+        for (int64_t i = 0; i < a->value_dim; i += VL) {
+            vec result = load_float(out + r * value_size + i) / totals[r];
+            store_part(to + i, result, a->value_dim - i < VL ? a->value_dim - i : VL);
+        }
+    }
+}
+
+int attend(const Attention *a) {
+    int64_t group = a->num_heads / a->num_kv_heads, num_units = 0, work = 0;
+    for (int64_t s = 0; s < a->num_sequences; s++) {
+        const int32_t *own = a->sequences + 3 * s;
+        num_units += (own[1] * group + ROWS - 1) / ROWS * a->num_kv_heads;
+        work += (int64_t)own[1] * own[2] * a->num_heads * a->dim;
+    }
+#pragma omp parallel if (work > MIN_WORK)
+    {
+#pragma omp for schedule(static)
+        for (int64_t token = 0; token < a->num_tokens; token++)
+            write_token(a, token);
+#pragma omp for schedule(dynamic)
+        for (int64_t u = 0; u < num_units; u++) {
+            int64_t s = 0, left = u, parts;
+            while (left >= (parts = (a->sequences[3 * s + 1] * group + ROWS - 1) / ROWS) * a->num_kv_heads) {
+                left -= parts * a->num_kv_heads;
+                s++;
+            }
+            int64_t first = left % parts * ROWS, rows = a->sequences[3 * s + 1] * group - first;
+            unit(a, s, left / parts, first, rows < ROWS ? rows : ROWS);
+        }
+    }
+    return 0;
+}

@@ -1,0 +1,348 @@
+// What adapters add to the outputs of layers with one input (`lora_core.ops.native` says which; `apply_lora` what).
+//
+// Rows that want the same are a group. Each adapter's numbers are read once, where they lie in the arenas, for all rows
+// that want it; no row reads another's. Between the two products a row has ΣR floats for each layer.
+#include "vector.h"
+#include <stdlib.h>
+
+#define CHUNK_ROWS 64  // rows that one thread takes at a time
+#define RANK_BLOCK 8   // rank rows, likewise
+#define MAX_STRIP 384  // and at most so many columns, a multiple of PANEL
+#define MIN_WORK 50000 // multiplications below which a second thread does not pay
+#define LINE 64        // bytes that come from memory together
+
+typedef struct {
+    const T *a, *b;       // arenas [rows, I] and [rows, O]
+    const T *gain, *bias; // tables [slots, O], or null
+    int64_t num_columns;  // O
+    int64_t column;       // where they begin in y
+} Layer;
+
+typedef struct {
+    int32_t start, rank, has_gain, has_bias;
+} Extent;
+
+typedef struct {
+    int64_t num_rows, num_groups, num_entries, num_adapters;
+    const int32_t *rows;    // [num_rows] of x and y, group by group
+    const int32_t *groups;  // [num_groups + 1][2] where a group's rows and its entries begin
+    const int32_t *entries; // [num_entries] an adapter that the group wants: its place in `slots`
+    const float *weights;   // [num_entries]
+    const int32_t *slots;   // [num_adapters]
+    const Extent *extents;  // [layers][num_adapters]
+} Plan;
+
+// Where what a layer's shrink product gives lies: a group's floats, how many a row has, each entry's place among them.
+typedef struct {
+    float **begin;
+    int64_t *width, *place;
+} Shrunk;
+
+INLINE void dots(int xs, int as, const float *x, int64_t I, const T *a, float weight, float *h, int64_t ldh) {
+    vec sums[4][4];
+    float rest[4][4] = {{0}};
+#pragma GCC unroll 4
+    for (int i = 0; i < xs; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < as; j++)
+            sums[i][j] = all(0);
+    int64_t k = 0;
+    for (; k + VL <= I; k += VL) {
+        vec own[4];
+        if (k * sizeof(T) % LINE == 0)
+#pragma GCC unroll 4
+            for (int j = 0; j < as; j++)
+                __builtin_prefetch(a + (as + j) * I + k); // the next rank rows
+#pragma GCC unroll 4
+        for (int j = 0; j < as; j++)
+            own[j] = load(a + j * I + k);
+#pragma GCC unroll 4
+        for (int i = 0; i < xs; i++) {
+            vec row = load_float(x + i * I + k);
+#pragma GCC unroll 4
+            for (int j = 0; j < as; j++)
+                sums[i][j] += row * own[j];
+        }
+    }
+    for (; k < I; k++)
+        for (int i = 0; i < xs; i++)
+            for (int j = 0; j < as; j++)
+                rest[i][j] += x[i * I + k] * get(a + j * I + k);
+#pragma GCC unroll 4
+    for (int i = 0; i < xs; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < as; j++)
+            h[i * ldh + j] = weight * (sum(sums[i][j]) + rest[i][j]);
+}
+
+// Some rows x some rank rows of one adapter.
+static void shrink(int64_t rows, int64_t rank, const float *x, int64_t I, const T *a, float weight, float *h,
+                   int64_t ldh) {
+    int64_t i = 0;
+    for (; i + 4 <= rows; i += 4) {
+        int64_t j = 0;
+        for (; j + 2 <= rank; j += 2)
+            dots(4, 2, x + i * I, I, a + j * I, weight, h + i * ldh + j, ldh);
+        if (j < rank)
+            dots(4, 1, x + i * I, I, a + j * I, weight, h + i * ldh + j, ldh);
+    }
+    for (; i + 2 <= rows; i += 2) {
+        int64_t j = 0;
+        for (; j + 4 <= rank; j += 4)
+            dots(2, 4, x + i * I, I, a + j * I, weight, h + i * ldh + j, ldh);
+        for (; j < rank; j++)
+            dots(2, 1, x + i * I, I, a + j * I, weight, h + i * ldh + j, ldh);
+    }
+    if (i < rows) {
+        int64_t j = 0;
+        for (; j + 4 <= rank; j += 4)
+            dots(1, 4, x + i * I, I, a + j * I, weight, h + i * ldh + j, ldh);
+        for (; j < rank; j++)
+            dots(1, 1, x + i * I, I, a + j * I, weight, h + i * ldh + j, ldh);
+    }
+}
+
+// A tile's rows are a group's, from `first` on in the order of `rows`; its columns are the layer's.
+typedef struct {
+    const Plan *plan;
+    const Layer *layer;
+    const Extent *extents; // the layer's
+    const Shrunk *shrunk;
+    const T *base_bias; // the layer's, or null
+    T *y;
+    int64_t ldy, group, first;
+} Tile;
+
+// The group's weighted sum of gains or biases, columns [column, column + n).
+INLINE vec vector_sum(const Tile *t, const T *table, int is_gain, int64_t column, int n) {
+    const Plan *plan = t->plan;
+    vec out = all(0);
+    for (int32_t e = plan->groups[2 * t->group + 1]; e < plan->groups[2 * t->group + 3]; e++) {
+        int32_t adapter = plan->entries[e];
+        const Extent *own = t->extents + adapter;
+        if (table && (is_gain ? own->has_gain : own->has_bias))
+            out += plan->weights[e] * load_part(table + plan->slots[adapter] * t->layer->num_columns + column, n);
+    }
+    return out;
+}
+
+INLINE int has_gains(const Tile *t) {
+    for (int32_t e = t->plan->groups[2 * t->group + 1]; e < t->plan->groups[2 * t->group + 3]; e++)
+        if (t->extents[t->plan->entries[e]].has_gain)
+            return 1;
+    return 0;
+}
+
+// y += gain·(y - bias0) + sums + bias for n columns of a tile's rows; sums lie `ld` floats apart.
+INLINE void finish(int64_t rows, const Tile *t, int64_t column, int n, const float *sums, int64_t ld) {
+    int scales = has_gains(t);
+    vec gain = vector_sum(t, t->layer->gain, 1, column, n), bias = vector_sum(t, t->layer->bias, 0, column, n);
+    vec bias0 = t->base_bias ? load_part(t->base_bias + column, n) : all(0);
+    for (int64_t i = 0; i < rows; i++) {
+        T *y = t->y + t->plan->rows[t->first + i] * t->ldy + t->layer->column + column;
+        vec old = load_part(y, n);
+        vec out = old + load_float(sums + i * ld) + bias;
+        if (scales)
+            out += gain * (old - bias0);
+        store_part(y, out, n);
+    }
+}
+
+// sums [rows, VL · parts] += h [rows, ranks] · b [ranks, ...], of which n columns are there in each vector.
+INLINE void add(int rows, int parts, int ranks, const float *h, int64_t ldh, const T *b, int64_t ldb, float *sums,
+                int64_t ld, int n) {
+    vec own[MAX_TILE][2];
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+        for (int c = 0; c < parts; c++)
+            own[i][c] = load_float(sums + i * ld + c * VL);
+#pragma GCC unroll 8
+    for (int r = 0; r < ranks; r++) {
+        vec numbers[2];
+#pragma GCC unroll 2
+        for (int c = 0; c < parts; c++)
+            numbers[c] = load_part(b + r * ldb + c * VL, n);
+#pragma GCC unroll 12
+        for (int i = 0; i < rows; i++) {
+            vec x = all(h[i * ldh + r]);
+#pragma GCC unroll 2
+            for (int c = 0; c < parts; c++)
+                own[i][c] += x * numbers[c];
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+        for (int c = 0; c < parts; c++)
+            store_float(sums + i * ld + c * VL, own[i][c]);
+}
+
+// The same for columns [0, size): eight rank rows are eight streams, which the processor reads ahead of us.
+INLINE void add_rows(int rows, int64_t rank, const float *h, int64_t ldh, const T *b, int64_t ldb, float *sums,
+                     int64_t ld, int64_t size) {
+    int64_t r = 0;
+    for (; r < rank; r += rank - r >= RANK_BLOCK ? RANK_BLOCK : 1) {
+        const T *own = b + r * ldb;
+        int64_t c = 0;
+        if (rank - r >= RANK_BLOCK) {
+            for (; c + PANEL <= size; c += PANEL) {
+                if (c * sizeof(T) % LINE == 0)
+#pragma GCC unroll 8
+                    for (int ahead = RANK_BLOCK; ahead < 2 * RANK_BLOCK; ahead++)
+                        __builtin_prefetch(own + ahead * ldb + c);
+                add(rows, 2, RANK_BLOCK, h + r, ldh, own + c, ldb, sums + c, ld, VL);
+            }
+            for (; c < size; c += VL)
+                add(rows, 1, RANK_BLOCK, h + r, ldh, own + c, ldb, sums + c, ld, size - c < VL ? size - c : VL);
+        } else {
+            for (; c < size; c += VL)
+                add(rows, 1, 1, h + r, ldh, own + c, ldb, sums + c, ld, size - c < VL ? size - c : VL);
+        }
+    }
+}
+
+#define CASE(rows)                                                                                                     \
+    case rows:                                                                                                         \
+        add_rows(rows, own->rank, h, width, b, O, sums, MAX_STRIP, stop - column);                                     \
+        break;
+
+// A tile's rows x columns [column, stop).
+static void expand(int64_t rows, const Tile *t, int64_t column, int64_t stop) {
+    const Plan *plan = t->plan;
+    int64_t O = t->layer->num_columns, width = t->shrunk->width[t->group];
+    float sums[MAX_TILE * MAX_STRIP];
+    for (int64_t i = 0; i < rows; i++)
+        memset(sums + i * MAX_STRIP, 0, (stop - column + VL - 1) / VL * VL * sizeof(float));
+    for (int32_t e = plan->groups[2 * t->group + 1]; e < plan->groups[2 * t->group + 3]; e++) {
+        const Extent *own = t->extents + plan->entries[e];
+        const T *b = t->layer->b + own->start * O + column;
+        const float *h = t->shrunk->begin[t->group] + (t->first - plan->groups[2 * t->group]) * width;
+        h += t->shrunk->place[e];
+        switch (rows) {
+            CASE(1)
+            CASE(2)
+            CASE(3)
+            CASE(4)
+            CASE(5)
+#if MAX_TILE > 5
+            CASE(6)
+            CASE(7)
+            CASE(8)
+            CASE(9)
+            CASE(10)
+            CASE(11)
+            CASE(12)
+#endif
+        }
+    }
+    for (int64_t c = column; c < stop; c += VL)
+        finish(rows, t, c, stop - c < VL ? stop - c : VL, sums + c - column, MAX_STRIP);
+}
+
+// Columns that are one unit of work: an even number of units, for two threads, if that leaves whole panels.
+static int64_t strip_of(int64_t num_columns) {
+    int64_t units = 2 * ((num_columns + 2 * MAX_STRIP - 1) / (2 * MAX_STRIP));
+    return ((num_columns + units - 1) / units + PANEL - 1) / PANEL * PANEL;
+}
+
+// Scratch of the calling thread, kept; null if there is no memory.
+static char *scratch(int64_t bytes) {
+    static __thread char *kept;
+    static __thread int64_t size;
+    if (size < bytes) {
+        free(kept);
+        size = (bytes + bytes / 4 + 63) / 64 * 64;
+        kept = aligned_alloc(64, size);
+        if (!kept)
+            size = 0;
+    }
+    return kept;
+}
+
+// x [T, I] and y [T, ΣO] with rows ldx and ldy apart; base_bias [ΣO] or null. Not 0 if there is no memory.
+int lora(T *y, int64_t ldy, const T *x, int64_t ldx, int64_t I, const T *base_bias, const Layer *layers,
+         int64_t num_layers, const Plan *plan) {
+    int64_t N = plan->num_rows, G = plan->num_groups, E = plan->num_entries, K = plan->num_adapters;
+    int64_t num_floats = N * I, num_columns = 0, num_ranks = 0, num_units = 0;
+    for (int64_t m = 0; m < num_layers; m++) {
+        num_columns += layers[m].num_columns;
+        for (int64_t k = 0; k < K; k++) {
+            num_ranks += plan->extents[m * K + k].rank;
+            num_units += (plan->extents[m * K + k].rank + RANK_BLOCK - 1) / RANK_BLOCK;
+        }
+        for (int64_t g = 0; g < G; g++)
+            for (int32_t e = plan->groups[2 * g + 1]; e < plan->groups[2 * g + 3]; e++)
+                num_floats += (plan->groups[2 * g + 2] - plan->groups[2 * g]) *
+                              plan->extents[m * K + plan->entries[e]].rank;
+    }
+    char *place = scratch(num_floats * sizeof(float) + num_layers * (2 * G + E) * sizeof(int64_t));
+    if (!place)
+        return 1;
+    float *floats = (float *)(place + num_layers * (2 * G + E) * sizeof(int64_t)), *h = floats + N * I;
+    Shrunk shrunk[num_layers];
+    for (int64_t m = 0; m < num_layers; m++) {
+        int64_t *numbers = (int64_t *)place + m * (2 * G + E);
+        shrunk[m] = (Shrunk){(float **)numbers, numbers + G, numbers + 2 * G};
+        for (int64_t g = 0; g < G; g++) {
+            int64_t width = 0;
+            for (int32_t e = plan->groups[2 * g + 1]; e < plan->groups[2 * g + 3]; e++) {
+                shrunk[m].place[e] = width;
+                width += plan->extents[m * K + plan->entries[e]].rank;
+            }
+            shrunk[m].begin[g] = h;
+            shrunk[m].width[g] = width;
+            h += (plan->groups[2 * g + 2] - plan->groups[2 * g]) * width;
+        }
+    }
+    int64_t chunks = (N + CHUNK_ROWS - 1) / CHUNK_ROWS;
+#pragma omp parallel if (num_ranks * N * (I + num_columns) > MIN_WORK)
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < N; i++)
+            for (int64_t k = 0; k < I; k++)
+                floats[i * I + k] = get(x + plan->rows[i] * ldx + k);
+        // A unit is a block of a layer's adapter's rank rows and a chunk of the rows; it takes the groups that want it.
+#pragma omp for schedule(static)
+        for (int64_t u = 0; u < num_units * chunks; u++) {
+            int64_t m = 0, k = 0, left = u / chunks, c = u % chunks, blocks;
+            while (left >= (blocks = (plan->extents[m * K + k].rank + RANK_BLOCK - 1) / RANK_BLOCK)) {
+                left -= blocks;
+                m += ++k == K;
+                k %= K;
+            }
+            const Extent *own = plan->extents + m * K + k;
+            int64_t r = left * RANK_BLOCK, ranks = own->rank - r < RANK_BLOCK ? own->rank - r : RANK_BLOCK;
+            for (int64_t g = 0; g < G; g++) {
+                int64_t start = plan->groups[2 * g], stop = plan->groups[2 * g + 2], width = shrunk[m].width[g];
+                int64_t first = start < c * CHUNK_ROWS ? c * CHUNK_ROWS : start;
+                int64_t end = stop < (c + 1) * CHUNK_ROWS ? stop : (c + 1) * CHUNK_ROWS;
+                float *out = shrunk[m].begin[g] + (first - start) * width + r;
+                for (int32_t e = plan->groups[2 * g + 1]; first < end && e < plan->groups[2 * g + 3]; e++)
+                    if (plan->entries[e] == k)
+                        shrink(end - first, ranks, floats + first * I, I, layers[m].a + (own->start + r) * I,
+                               plan->weights[e], out + shrunk[m].place[e], width);
+            }
+        }
+        for (int64_t m = 0; m < num_layers; m++) {
+            const Layer *layer = layers + m;
+            int64_t strip = strip_of(layer->num_columns);
+#pragma omp for schedule(static) collapse(2) nowait
+            for (int64_t column = 0; column < layer->num_columns; column += strip)
+                for (int64_t c = 0; c < chunks; c++) {
+                    int64_t stop = column + strip < layer->num_columns ? column + strip : layer->num_columns;
+                    Tile tile = {plan, layer, plan->extents + m * K, shrunk + m,
+                                 base_bias ? base_bias + layer->column : 0, y, ldy, 0, 0};
+                    for (int64_t g = 0; g < G; g++) {
+                        int64_t first = plan->groups[2 * g], end = plan->groups[2 * g + 2];
+                        first = first < c * CHUNK_ROWS ? c * CHUNK_ROWS : first;
+                        end = end < (c + 1) * CHUNK_ROWS ? end : (c + 1) * CHUNK_ROWS;
+                        tile.group = g;
+                        for (tile.first = first; tile.first < end; tile.first += MAX_TILE)
+                            expand(end - tile.first < MAX_TILE ? end - tile.first : MAX_TILE, &tile, column, stop);
+                    }
+                }
+        }
+    }
+    return 0;
+}

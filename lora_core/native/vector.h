@@ -1,0 +1,138 @@
+// Vectors of floats as wide as the processor's, and numbers of type T in memory, read as floats and written rounded.
+//
+// A library is compiled for one T: bfloat16, or with -DFLOAT32 float. GCC's vector extensions make one source serve
+// processors with AVX2, with AVX-512 and without either. Every sum is taken in one order, which depends on nothing but
+// the row that it belongs to.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#ifdef __AVX512F__
+#define VL 16
+#define MAX_TILE 12 // rows of a tile of one panel: 2 · 12 of 32 registers hold its sums
+#else
+#define VL 8
+#define MAX_TILE 5 // 2 · 5 of 16, as two are read into and one holds a mask
+#endif
+#define PANEL (2 * VL) // a tile has whole panels of columns
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(VL * 4)));
+typedef uint32_t uvec __attribute__((vector_size(VL * 4)));
+typedef int32_t ivec __attribute__((vector_size(VL * 4)));
+typedef uint16_t hvec __attribute__((vector_size(VL * 2)));
+
+INLINE vec load_float(const float *p) {
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store_float(float *p, vec v) { memcpy(p, &v, sizeof v); }
+
+INLINE vec all(float x) { return x - (vec){0}; }
+
+INLINE vec pick(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
+
+INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); }
+
+#ifdef FLOAT32
+typedef float T;
+
+INLINE vec load(const T *p) { return load_float(p); }
+
+INLINE void store(T *p, vec v) { store_float(p, v); }
+
+INLINE float get(const T *p) { return *p; }
+#else
+typedef uint16_t T;
+
+INLINE uvec widen(hvec h) {
+#if defined(__AVX512F__)
+    return (uvec)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+    return (uvec)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+    return __builtin_convertvector(h, uvec);
+#endif
+}
+
+INLINE vec load(const T *p) {
+    hvec h;
+    memcpy(&h, p, sizeof h);
+    return (vec)(widen(h) << 16);
+}
+
+// To the nearest, ties to even; NaN stays NaN.
+INLINE void store(T *p, vec v) {
+    uvec u = (uvec)v, is_nan = (uvec)(v != v);
+    uvec rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    hvec h = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), hvec);
+    memcpy(p, &h, sizeof h);
+}
+
+INLINE float get(const T *p) {
+    uint32_t u = (uint32_t)*p << 16;
+    float f;
+    memcpy(&f, &u, sizeof f);
+    return f;
+}
+#endif
+
+// Of n <= VL numbers; what lies behind them is not touched.
+INLINE vec load_part(const T *p, int n) {
+    if (n == VL)
+        return load(p);
+    T part[VL] = {0};
+    memcpy(part, p, n * sizeof(T));
+    return load(part);
+}
+
+INLINE void store_part(T *p, vec v, int n) {
+    if (n == VL) {
+        store(p, v);
+        return;
+    }
+    T part[VL];
+    store(part, v);
+    memcpy(p, part, n * sizeof(T));
+}
+
+INLINE float sum(vec v) {
+    float lanes[VL];
+    store_float(lanes, v);
+#pragma GCC unroll 4
+    for (int width = VL / 2; width; width /= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < width; i++)
+            lanes[i] += lanes[i + width];
+    return lanes[0];
+}
+
+INLINE float highest(vec v) {
+    float lanes[VL], out;
+    store_float(lanes, v);
+    out = lanes[0];
+    for (int i = 1; i < VL; i++)
+        out = lanes[i] > out ? lanes[i] : out;
+    return out;
+}
+
+// e^x for x <= 0 to some 2 units in the last place, 0 below -87 (Cephes' polynomial).
+INLINE vec exp_negative(vec x) {
+    vec clamped = larger(x, all(-87.0f));
+    vec shifted = clamped * 1.44269504f + 12582912.0f; // 1.5·2^23: the whole number is in the low bits
+    vec whole = shifted - 12582912.0f;
+    vec r = clamped - whole * 0.693359375f + whole * 2.12194440e-4f;
+    vec p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return pick(x < -87.0f, all(0.0f), (vec)(((uvec)shifted << 23) + (uvec)p));
+}
