@@ -1,19 +1,19 @@
 """Weights laid out once in the order in which the CPU's matrix kernels read them.
 
 `F.linear` brings its weight into that order at every call, which costs as much as the product itself when there are
-few rows. oneDNN's packed form holds the same numbers in the same number of bytes, and gives the same results. PyTorch's
-operators for it are private; where they are missing, or the device or dtype is another, a plain weight is used.
+few rows. A packed form holds the same numbers in the same number of bytes. It is oneDNN's where the processor has
+products of bfloat16 (AVX-512), with the same results; PyTorch's operators for it are private, and may be missing.
+Elsewhere PyTorch multiplies bfloat16 some twenty times as slowly as the processor could: the form is
+`lora_core.native`'s then. Where there is neither, or the device or dtype is another, a plain weight is used.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_core.native import library
 from lora_core.native.linear import NativeWeight
 
 __all__ = ["INT4_GROUP", "Int4Weight", "PackedWeight", "can_be_int4", "has_int4", "round_to_int4"]
@@ -34,37 +34,55 @@ class PackedWeight:
         weight: [O, I]; copied if it is packed, kept as it is otherwise.
 
     Attributes:
-        is_packed: the weight is in the packed form.
+        is_packed: the weight is in a packed form.
     """
 
     def __init__(self, weight: Tensor) -> None:
-        packers = _packers() if _is_packable(weight) else None
-        self.is_packed = packers is not None
-        self._native: NativeWeight | None = None
-        if packers is None and _is_packable(weight) and library(weight.dtype) is not None:
-            self._native, self.is_packed = NativeWeight(weight), True
-        elif packers is None:
-            self._weight = weight
-            self._linear: Any = None
-        else:
-            pack, self._linear = packers
-            self._weight = pack(weight.contiguous(), TYPICAL_ROWS)
+        kinds: tuple[type[_OneDnnWeight] | type[NativeWeight], ...] = (_OneDnnWeight, NativeWeight)
+        kind = next((kind for kind in kinds if _is_packable(weight) and kind.can_hold(weight.dtype)), None)
+        self.is_packed = kind is not None
+        self._form = _PlainWeight(weight) if kind is None else kind(weight)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., I], bias [O] -> [..., O]."""
-        if self._native is not None:
-            return self._native(x, bias)
-        if self._linear is None:
-            return F.linear(x, self._weight, bias)
-        out: Tensor = self._linear(x, self._weight, bias, "none", [], "")
-        return out
+        return self._form(x, bias)
 
     def unpack(self, rows: slice = slice(None)) -> Tensor:
         """The weight's rows [rows, I], bit for bit: a copy if it is packed, its own storage otherwise."""
-        if self._native is not None:
-            return self._native.unpack()[rows]
+        return self._form.unpack()[rows]
+
+
+class _PlainWeight:
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self._weight, bias)
+
+    def unpack(self) -> Tensor:
+        return self._weight
+
+
+class _OneDnnWeight:
+    """In oneDNN's form, where it has products of the processor's own for both dtypes."""
+
+    def __init__(self, weight: Tensor) -> None:
+        packers = _packers()
+        assert packers is not None
+        pack, self._linear = packers
+        self._weight = pack(weight.contiguous(), TYPICAL_ROWS)
+
+    @staticmethod
+    def can_hold(dtype: torch.dtype) -> bool:
+        return dtype in PACKABLE and _packers() is not None
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        out: Tensor = self._linear(x, self._weight, bias, "none", [], "")
+        return out
+
+    def unpack(self) -> Tensor:
         torch.get_num_threads()  # oneDNN would ask OpenMP; a thread's first PyTorch operator sets the number there
-        return (self._weight.to_dense() if self.is_packed else self._weight)[rows]
+        return self._weight.to_dense()
 
 
 class Int4Weight:

@@ -7,7 +7,7 @@ guessed from names but seen in a trial run (`find_shared_inputs`), and checked a
 another computation.
 
     x ──► [ W_q ; W_k ; W_v ] ──► q | k | v          one product instead of three
-    x ──► [ A_q ; A_k ; A_v ] ──► h_q | h_k | h_v    and one for all adapters in use (`lora_core.ops.packed`)
+    x ──► [ A_q ; A_k ; A_v ] ──► h_q | h_k | h_v    and one for all adapters in use (`lora_core.ops.native`)
 
 For inference only; a layer's own weight is then held inside the group, and read back on demand.
 """
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from lora_core.device_slots import DeviceSlots, LayerKernels
 from lora_core.layer import LoraLinear, is_conv1d, linear_shape, linear_weight
+from lora_core.ops.cpu import SplitGroup
 from lora_core.ops.kernels import KernelGroup
 from lora_core.ops.native import NativeGroup, can_be_native
-from lora_core.ops.packed import AdapterPacker, GroupAdapters
 from lora_core.packing import Int4Weight, PackedWeight, can_be_int4
 from lora_core.quant import is_quantized
 from lora_core.quant_product import joined_weight, quantized_form
@@ -47,19 +47,18 @@ class SharedLinears:
 
     Args:
         members: their slots are attached already; each base layer is replaced by a `PackedLinear`.
-        packer: one for the whole model.
         weight: theirs [ΣO, I], one after the other.
 
     Attributes:
         sizes: output features of each member; their sum is ΣO.
     """
 
-    def __init__(self, members: Sequence[LoraLinear], packer: AdapterPacker, weight: JoinedWeight) -> None:
+    def __init__(self, members: Sequence[LoraLinear], weight: JoinedWeight) -> None:
         self.members = list(members)
         self.sizes = [member.out_features for member in members]
         self.router = members[0].router
         self.is_head = members[0].is_head
-        self.adapters = _group_adapters([member.slots for member in members], packer)
+        self.adapters = _group_adapters([member.slots for member in members])
         self._packed = weight
         biases = [member.bias.detach() for member in members if member.bias is not None]
         self.bias = torch.cat(biases) if biases else None
@@ -108,13 +107,13 @@ class SharedLinears:
         return self._packed.unpack(slice(start, start + self.sizes[index]))
 
 
-def _group_adapters(slots: Sequence[SlotsOfLayer | None], packer: AdapterPacker) -> LayerKernels:
-    """What applies the members' adapters: kernels if they are on a device, packed products if they are in arenas."""
+def _group_adapters(slots: Sequence[SlotsOfLayer | None]) -> LayerKernels:
+    """What applies the members' adapters: kernels if they are on a device, C or PyTorch if they are in arenas."""
     on_device = [member for member in slots if isinstance(member, DeviceSlots)]
     if on_device:
         return KernelGroup(on_device)
     arenas = [member for member in slots if isinstance(member, LayerSlots)]
-    return NativeGroup(arenas) if can_be_native(arenas) else GroupAdapters(arenas, packer)
+    return NativeGroup(arenas) if can_be_native(arenas) else SplitGroup(arenas)
 
 
 class PackedLinear(nn.Module):
@@ -172,7 +171,7 @@ def find_shared_inputs(layers: Mapping[str, LoraLinear], trial: Callable[[], obj
 
 
 def share_inputs(
-    layers: Mapping[str, LoraLinear], groups: Sequence[Sequence[str]], packer: AdapterPacker, *, as_int4: bool = False
+    layers: Mapping[str, LoraLinear], groups: Sequence[Sequence[str]], *, as_int4: bool = False
 ) -> list[SharedLinears]:
     """Compute each group of layers as one, in place; layers of unknown kinds stay as they are.
 
@@ -186,7 +185,7 @@ def share_inputs(
         if None in forms:
             continue
         parts = [members] if len(set(forms)) == 1 else [[member] for member in members]
-        out += [SharedLinears(part, packer, _joined_weight(part, as_int4=as_int4)) for part in parts]
+        out += [SharedLinears(part, _joined_weight(part, as_int4=as_int4)) for part in parts]
     return out
 
 

@@ -202,7 +202,8 @@ static void unit(const Attention *a, int64_t sequence, int64_t kv_head, int64_t 
         for (int64_t r = 0; r < rows; r++) {
             int64_t position = before + (first + r) / group - block * B;
             int64_t oldest = a->window ? position - a->window + 1 : 0;
-            float factor = soften(a->softcap, scores + r * chunk, PADDED(keys), oldest, position, peaks + r, totals + r);
+            int64_t last = position < keys ? position : keys - 1; // of the chunk
+            float factor = soften(a->softcap, scores + r * chunk, PADDED(keys), oldest, last, peaks + r, totals + r);
             for (int64_t i = 0; factor != 1 && i < value_size; i += VL)
                 store_float(out + r * value_size + i, load_float(out + r * value_size + i) * factor);
         }

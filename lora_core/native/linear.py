@@ -13,7 +13,7 @@ class NativeWeight:
     """y = x·Wᵀ + b for one W [O, I] and any number of rows; a row's result does not depend on the others.
 
     Args:
-        weight: [O, I], copied; of a dtype that there is a library for.
+        weight: [O, I], copied; see `can_hold`.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -27,6 +27,10 @@ class NativeWeight:
         if self._is_interleaved:
             panels = panels.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
         self._panels = panels.transpose(1, 2).contiguous()  # [P, I, W]
+
+    @staticmethod
+    def can_hold(dtype: torch.dtype) -> bool:
+        return library(dtype) is not None
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., I] of the weight's dtype, bias [O] -> [..., O]."""

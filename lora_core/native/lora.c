@@ -10,6 +10,7 @@
 #define MAX_STRIP 384  // and at most so many columns, a multiple of PANEL
 #define MIN_WORK 50000 // multiplications below which a second thread does not pay
 #define LINE 64        // bytes that come from memory together
+#define TILE (MAX_TILE < 6 ? MAX_TILE : 6) // rows that expand together
 
 typedef struct {
     const T *a, *b;       // arenas [rows, I] and [rows, O]
@@ -151,8 +152,8 @@ INLINE void finish(int64_t rows, const Tile *t, int64_t column, int n, const flo
 // sums [rows, VL · parts] += h [rows, ranks] · b [ranks, ...], of which n columns are there in each vector.
 INLINE void add(int rows, int parts, int ranks, const float *h, int64_t ldh, const T *b, int64_t ldb, float *sums,
                 int64_t ld, int n) {
-    vec own[MAX_TILE][2];
-#pragma GCC unroll 12
+    vec own[TILE][2];
+#pragma GCC unroll 6
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 2
         for (int c = 0; c < parts; c++)
@@ -163,7 +164,7 @@ INLINE void add(int rows, int parts, int ranks, const float *h, int64_t ldh, con
 #pragma GCC unroll 2
         for (int c = 0; c < parts; c++)
             numbers[c] = load_part(b + r * ldb + c * VL, n);
-#pragma GCC unroll 12
+#pragma GCC unroll 6
         for (int i = 0; i < rows; i++) {
             vec x = all(h[i * ldh + r]);
 #pragma GCC unroll 2
@@ -171,7 +172,7 @@ INLINE void add(int rows, int parts, int ranks, const float *h, int64_t ldh, con
                 own[i][c] += x * numbers[c];
         }
     }
-#pragma GCC unroll 12
+#pragma GCC unroll 6
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 2
         for (int c = 0; c < parts; c++)
@@ -211,7 +212,7 @@ INLINE void add_rows(int rows, int64_t rank, const float *h, int64_t ldh, const 
 static void expand(int64_t rows, const Tile *t, int64_t column, int64_t stop) {
     const Plan *plan = t->plan;
     int64_t O = t->layer->num_columns, width = t->shrunk->width[t->group];
-    float sums[MAX_TILE * MAX_STRIP];
+    float sums[TILE * MAX_STRIP];
     for (int64_t i = 0; i < rows; i++)
         memset(sums + i * MAX_STRIP, 0, (stop - column + VL - 1) / VL * VL * sizeof(float));
     for (int32_t e = plan->groups[2 * t->group + 1]; e < plan->groups[2 * t->group + 3]; e++) {
@@ -225,15 +226,7 @@ static void expand(int64_t rows, const Tile *t, int64_t column, int64_t stop) {
             CASE(3)
             CASE(4)
             CASE(5)
-#if MAX_TILE > 5
             CASE(6)
-            CASE(7)
-            CASE(8)
-            CASE(9)
-            CASE(10)
-            CASE(11)
-            CASE(12)
-#endif
         }
     }
     for (int64_t c = column; c < stop; c += VL)
@@ -338,8 +331,8 @@ int lora(T *y, int64_t ldy, const T *x, int64_t ldx, int64_t I, const T *base_bi
                         first = first < c * CHUNK_ROWS ? c * CHUNK_ROWS : first;
                         end = end < (c + 1) * CHUNK_ROWS ? end : (c + 1) * CHUNK_ROWS;
                         tile.group = g;
-                        for (tile.first = first; tile.first < end; tile.first += MAX_TILE)
-                            expand(end - tile.first < MAX_TILE ? end - tile.first : MAX_TILE, &tile, column, stop);
+                        for (tile.first = first; tile.first < end; tile.first += TILE)
+                            expand(end - tile.first < TILE ? end - tile.first : TILE, &tile, column, stop);
                     }
                 }
         }

@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(WIDE) // WIDE: as with AVX-512, on any processor, for tests
 #define VL 16
 #define MAX_TILE 12 // rows of a tile of one panel: 2 · 12 of 32 registers hold its sums
 #else
@@ -53,7 +53,7 @@ typedef uint16_t T;
 INLINE uvec widen(hvec h) {
 #if defined(__AVX512F__)
     return (uvec)_mm512_cvtepu16_epi32((__m256i)h);
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && VL == 8
     return (uvec)_mm256_cvtepu16_epi32((__m128i)h);
 #else
     return __builtin_convertvector(h, uvec);

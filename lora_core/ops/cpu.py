@@ -7,7 +7,7 @@
   number of adapters, only with the sum of their ranks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,7 +22,7 @@ from lora_core.slots import LayerSlots, Layout
 if TYPE_CHECKING:
     from lora_core.ops import AdapterSource, BasePart, Shrink
 
-__all__ = ["apply", "apply_segments"]
+__all__ = ["SplitGroup", "apply", "apply_segments"]
 
 # A segment's calls cost about as much as this many (token, rank row) pairs in the dense form: measured at 576 to 1,536
 # features in bf16, where 8 adapters of ranks 8 to 64 break even between 256 and 1,024 tokens.
@@ -46,6 +46,24 @@ def apply(
         if isinstance(plan, _Dense):
             return _apply_dense(y, x, adapters, plan, base_bias)
     return apply_segments(y, x, adapters, route, base_bias, shrink, base_part)
+
+
+class SplitGroup:
+    """The adapters of layers with one input, layer by layer.
+
+    Args:
+        slots: of each layer.
+    """
+
+    def __init__(self, slots: Sequence[LayerSlots]) -> None:
+        self._slots = list(slots)
+        self._sizes = [member.out_features for member in slots]
+
+    def apply(self, y: Tensor, x: Tensor, route: Route, base_bias: Tensor | None) -> None:
+        """Add the adapters' part in place: y [T, ΣO], the layers' outputs side by side, x [T, I], base_bias [ΣO]."""
+        biases = [None] * len(self._sizes) if base_bias is None else base_bias.split(self._sizes)
+        for slots, part, bias in zip(self._slots, y.split(self._sizes, 1), biases, strict=True):
+            apply(part, x, slots, route, bias)
 
 
 def apply_segments(

@@ -48,7 +48,7 @@ class Batch:
     Attributes:
         input_ids, position_ids: [1, T]; `-1 - i` stands for token i of the step before, see `with_tokens`.
         cache_positions: [T], block · block_size + offset.
-        groups: attention groups that cover the tokens; none where kernels attend.
+        groups: attention groups that cover the tokens; none where attention reads spans.
         spans: the tokens of each sequence, in order; single tokens come first.
         route: which token wants which adapters, and its part for the rows in `last_rows`.
         last_rows: [N] tokens whose logits are wanted, ascending.
@@ -93,15 +93,16 @@ class RouteMemo:
 
 
 def build_batch(
-    step: Step, block_size: int, device: torch.device, routes: RouteMemo | None = None, *, use_kernels: bool = False
+    step: Step, block_size: int, device: torch.device, routes: RouteMemo | None = None, *, spans_only: bool = False
 ) -> Batch:
     """Pack the chunks of a step: single tokens by length, then longer chunks, those of one adapter side by side.
 
     Args:
         routes: kept from step to step; none for a single batch.
-        use_kernels: for kernels on the device, which a step's tensors go to from host memory together.
+        spans_only: attention reads `spans`, and there are no groups. All tensors are in host memory: a device gets them
+            together.
     """
-    device = torch.device("cpu") if use_kernels else device
+    device = torch.device("cpu") if spans_only else device
     routes = routes or RouteMemo()
     decoding = sorted((chunk for chunk in step.chunks if chunk.num_tokens == 1), key=lambda chunk: chunk.stop)
     longer = [chunk for chunk in step.chunks if chunk.num_tokens > 1]
@@ -134,7 +135,7 @@ def build_batch(
         input_ids=torch.tensor([input_ids], device=device),
         position_ids=torch.tensor([position_ids], device=device),
         cache_positions=torch.tensor(cache_positions, device=device),
-        groups=[] if use_kernels else _attention_groups(chunks, block_size, device),
+        groups=[] if spans_only else _attention_groups(chunks, block_size, device),
         spans=[Span(chunk.request.block_ids, chunk.start, chunk.num_tokens) for chunk in chunks],
         route=route,
         head_route=route.select(last_rows) if prompt_rows else routes.get([Run(r.route_weights, 1) for r in sampled]),
@@ -191,7 +192,4 @@ def _attention_group(
         blocks=torch.tensor(table, device=device),
         lengths=[chunk.stop for chunk in chunks],
         num_queries=chunks[0].num_tokens,
-        members=tuple(chunk.request.arrival for chunk in chunks)
-        if min(c.request.arrival for c in chunks) >= 0
-        else None,
     )

@@ -131,7 +131,6 @@ class EngineLoop:
             use_prefix_cache=config.use_prefix_cache,
         )
         self._routes = RouteMemo()
-        runner.copies.clear()  # another engine's, whose requests had the same numbers
         self._lock = threading.Lock()
         self._awake = threading.Event()
         self._submitted: list[GenerationRequest] = []
@@ -270,8 +269,6 @@ class EngineLoop:
             self._commit(self._launched[0])
             if not self.runner.runs_ahead:
                 num_sampled += self._read()
-        elif not was_busy:
-            self.runner.copies.clear()
         self._note_stats(step, num_sampled)
         return bool(step.chunks) or was_busy
 
@@ -281,9 +278,7 @@ class EngineLoop:
         runner = self.runner
         last = self._launched[0].drawn.tokens if self._launched and self._launched[0].requests else None
         try:
-            batch = build_batch(
-                step, self._pool.block_size, runner.device, self._routes, use_kernels=runner.uses_kernels
-            )
+            batch = build_batch(step, self._pool.block_size, runner.device, self._routes, spans_only=runner.reads_spans)
             logits = runner.forward(batch, last)
             for rows in batch.prompt_rows:
                 rows.note(logits)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_core import LoraLinear
-from lora_core.ops.packed import AdapterPacker
 from lora_core.quant_product import is_batch_dependent
 from lora_core.shared import find_shared_inputs, share_inputs
 from server.engine.attention import replace_attention
@@ -46,7 +45,7 @@ def optimise(model: nn.Module, layers: Mapping[str, LoraLinear], *, as_int4: boo
     # Also those that a run does not call just once: bitsandbytes' own product would mix what requests get.
     alone = layers.keys() - {name for group in names for name in group}
     names += [[name] for name in sorted(alone) if is_batch_dependent(layers[name].base_layer)]
-    groups = share_inputs(layers, names, AdapterPacker(), as_int4=as_int4)
+    groups = share_inputs(layers, names, as_int4=as_int4)
     num_blocks = replace_attention(model, lambda: run_probe(model), groups)
     num_mlps, num_norms = replace_mlps(model, groups), replace_norms(model)
     _leave_the_file(model)

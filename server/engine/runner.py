@@ -16,7 +16,6 @@ from server.allocator import keep_freed
 from server.engine.attention import (
     NO_CONFIGS,
     AttentionStep,
-    DecodeCopies,
     NativeAttention,
     PagedAttention,
     tune_attention,
@@ -39,8 +38,6 @@ logger = logging.getLogger(__name__)
 __all__ = ["EngineConfig", "ModelRunner", "load_runner"]
 
 
-# Memory for `DecodeCopies`, as a share of the cache's.
-COPY_SHARE = 0.5
 # Memory for the cache on CUDA unless it is set, as a share of what is free beside the weights.
 KV_SHARE = 0.7
 
@@ -91,9 +88,9 @@ class ModelRunner:
         bank: their slots.
         max_model_len: longest sequence in tokens that fits model and cache.
         reference: what transformers' own code gave before the model was changed.
-        copies: of the cache, for sequences that decode.
         optimised: what could be made faster.
-        uses_kernels: batches are made for kernels, `build_batch(..., use_kernels=True)`.
+        uses_kernels: Triton's kernels attend and apply adapters.
+        is_native: C does (`lora_core.native`), on a CPU.
         runs_ahead: as configured, or on CUDA.
         graphs: recorded decoding steps; None without kernels or graphs.
         quantization: how the weights are held ("nf4", "int8", another method's name), or None.
@@ -121,7 +118,6 @@ class ModelRunner:
         longest = min(self.facts.max_positions, (self.cache.num_blocks - 1) * config.block_size)
         self.max_model_len = min(longest, config.max_model_len or longest)
         self.is_native = NativeAttention.can_read(self.cache) and not self.uses_kernels
-        self.copies = DecodeCopies(int(self._kv_bytes() * COPY_SHARE))
         self.reference = make_reference(model, self.facts.vocab_size, self.max_model_len)
         self.router = Router()
         self.layers: dict[str, LoraLinear] = wrap_linears(model, self.router)
@@ -145,12 +141,12 @@ class ModelRunner:
         if self.uses_kernels:
             replayed = None if self.graphs is None else self.graphs.run(batch, last)
             return self._device_step().run(batch, last) if replayed is None else replayed
-        self.cache.zero(batch.new_blocks)
-        attention: AttentionStep = (
-            NativeAttention(self.cache, batch.cache_positions, batch.spans)
-            if self.is_native
-            else PagedAttention(self.cache, batch.cache_positions, batch.groups, self.copies)
-        )
+        attention: AttentionStep
+        if self.is_native:
+            attention = NativeAttention(self.cache, batch.cache_positions, batch.spans)
+        else:
+            self.cache.zero(batch.new_blocks)
+            attention = PagedAttention(self.cache, batch.cache_positions, batch.groups)
         with torch.inference_mode(), self.router.use(batch.route, batch.head_route):
             output = self.model(
                 input_ids=with_tokens(batch.input_ids, last),
@@ -160,6 +156,11 @@ class ModelRunner:
                 **use_step(attention),
             )
             return output.logits[0]
+
+    @property
+    def reads_spans(self) -> bool:
+        """Batches for it are made with `build_batch(..., spans_only=True)`."""
+        return self.uses_kernels or self.is_native
 
     def enter_thread(self) -> None:
         """Make the model's device the calling thread's: streams, events and launches are the current device's."""

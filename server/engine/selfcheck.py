@@ -61,7 +61,7 @@ def _engine_logits(runner: ModelRunner, prompts: list[list[int]]) -> Tensor:
         step = Step([Chunk(longer, start, stop - start)], blocks if i == 0 else [])
         if i == 0:
             step.chunks.append(Chunk(shorter, 0, len(shorter.prompt_ids)))
-        batch = build_batch(step, size, runner.device, use_kernels=runner.uses_kernels)
+        batch = build_batch(step, size, runner.device, spans_only=runner.reads_spans)
         logits = runner.forward(batch).float()
         out |= {request.request_id: row for request, row in zip(batch.sampled, logits, strict=True)}
         longer.num_computed = stop

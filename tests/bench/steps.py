@@ -19,8 +19,8 @@ import torch
 
 import server.engine.loop as engine_loop
 from lora_core.maths import Folded
+from lora_core.ops.cpu import SplitGroup
 from lora_core.ops.native import NativeGroup
-from lora_core.ops.packed import GroupAdapters
 from lora_core.packing import PackedWeight
 from server.delivery import Delivery, GenerationGroup
 from server.demo import ensure_demo_model
@@ -41,7 +41,7 @@ PARTS: Sequence[tuple[str, Any, str]] = (
     ("scheduling", Scheduler, "note_duration"),
     ("scheduling", engine_loop, "build_batch"),
     ("base products", PackedWeight, "__call__"),
-    ("adapters", GroupAdapters, "apply"),
+    ("adapters", SplitGroup, "apply"),
     ("adapters", NativeGroup, "apply"),
     ("attention and cache", PagedAttention, "attend_joined"),
     ("attention and cache", PagedAttention, "attend"),

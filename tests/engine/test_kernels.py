@@ -257,7 +257,7 @@ def test_recorded_steps_give_the_same_logits_while_adapters_come_and_go(monkeypa
 
 
 def _batch(chunks: list[Chunk]) -> Batch:
-    return build_batch(Step(chunks), BLOCK, DEVICE, use_kernels=True)
+    return build_batch(Step(chunks), BLOCK, DEVICE, spans_only=True)
 
 
 def test_what_no_recording_fits_runs_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ from torch import nn
 from lora_core import LoraLinear, Route, Router, Run, attach_slots
 from lora_core.maths import Folded
 from lora_core.ops import reference
-from lora_core.ops.packed import AdapterPacker
 from lora_core.quant import dequantized_weight, quiet_bitsandbytes, settle_layout
 from lora_core.quant_product import Int8Weight, joined_weight, quantized_form
 from lora_core.shared import PackedLinear, share_inputs
@@ -73,7 +72,7 @@ def test_joined_layers_give_what_they_give_apart(kind: str, dtype: torch.dtype) 
     router = Router()
     wrapped = {name: LoraLinear(layer, router) for name, layer in zip("qkv", layers, strict=True)}
     attach_slots(wrapped, 2, dtype=dtype)
-    groups = share_inputs(wrapped, [list("qkv")], AdapterPacker())
+    groups = share_inputs(wrapped, [list("qkv")])
     # Scales that are quantized have offsets of their own, until they are repacked for the CPU.
     is_apart = kind == "nf4-double" and not getattr(layers[0].weight.quant_state, "packing_format_for_cpu", False)
     assert len(groups) == (3 if is_apart else 1)
@@ -106,7 +105,7 @@ def test_adapters_are_added_to_the_joined_product(kind: str) -> None:
         bank.load(slot, parts)
     x = inputs(6, torch.float32)
     base = {name: alone(layer.base_layer, x) for name, layer in wrapped.items()}
-    assert len(share_inputs(wrapped, [list("qk")], AdapterPacker())) == 1
+    assert len(share_inputs(wrapped, [list("qk")])) == 1
     route = Route([Run({}, 2), Run({0: 1.0}, 2), Run({0: 0.5, 1: -0.7}, 2)])
     with torch.inference_mode(), router.use(route):
         found = {name: layer(x) for name, layer in wrapped.items()}

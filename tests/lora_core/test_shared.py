@@ -10,10 +10,12 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_core import LoraLinear, Route, Router, Run, SlotBank, attach_slots, packing
 from lora_core.maths import Folded
-from lora_core.ops import packed, reference
-from lora_core.ops.packed import AdapterPacker, GroupAdapters
+from lora_core.ops import reference
 from lora_core.packing import PackedWeight
 from lora_core.shared import PackedLinear, find_shared_inputs, share_inputs
+from tests.native_kinds import native_kind
+
+__all__ = ["native_kind"]
 
 I = 40  # noqa: E741 - the name of the literature
 SIZES = {"q": 48, "k": 16, "v": 16, "alone": 24}
@@ -49,7 +51,7 @@ class Model:
         self.adapters: dict[int, dict[str, Folded]] = {}
         x = torch.randn(2, I).to(dtype)
         self.names = find_shared_inputs(self.layers, lambda: self.block(x))
-        self.groups = share_inputs(self.layers, self.names, AdapterPacker())
+        self.groups = share_inputs(self.layers, self.names)
 
     def load(self, slot: int) -> None:
         """A random adapter: LoRA, DoRA or with biases, on some of the layers."""
@@ -101,6 +103,7 @@ def random_route(slots: list[int]) -> Route:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.usefixtures("native_kind")
 def test_joined_layers_agree_with_the_definition_through_loads_and_frees(dtype: torch.dtype, bias: bool) -> None:
     model = Model(dtype, bias)
     assert model.names == [["q", "k", "v"], ["alone"]]
@@ -128,6 +131,7 @@ def test_joined_layers_agree_with_the_definition_through_loads_and_frees(dtype: 
                     start += num_rows
 
 
+@pytest.mark.usefixtures("native_kind")
 def test_a_kept_route_does_not_keep_a_slots_former_adapter() -> None:
     model = Model(torch.float32)
     for slot in range(4):
@@ -137,44 +141,14 @@ def test_a_kept_route_does_not_keep_a_slots_former_adapter() -> None:
         slot = random.randrange(4)
         model.free(slot)
         model.load(slot)
-        for _ in range(random.randint(1, 14)):  # until it is packed, or not
-            x = torch.randn(route.num_rows, I)
-            with torch.inference_mode(), model.router.use(route):
-                out = model.block(x)
+        x = torch.randn(route.num_rows, I)
+        with torch.inference_mode(), model.router.use(route):
+            out = model.block(x)
         for name, y in out.items():
             torch.testing.assert_close(y.double(), model.definition(name, x, route), rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_one_new_adapter_is_packed_when_it_has_been_missing_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few groups at a time: others wait for a step's part of the packing, never for all of it."""
-    monkeypatch.setattr(packed, "GROUPS_A_STEP", 1)
-    packs: list[GroupAdapters] = []
-    pack = GroupAdapters._pack
-    monkeypatch.setattr(GroupAdapters, "_pack", lambda group, columns: (packs.append(group), pack(group, columns)))
-    model = Model(torch.float32)
-    everywhere = {name: Folded(torch.randn(2, I), torch.randn(2, size)) for name, size in SIZES.items()}
-    for slot in range(5):
-        model.bank.load(slot, everywhere)
-
-    def packed_by(num_steps: int, slots: range) -> list[int]:
-        route, counts = Route([Run({slot: 1.0}, 1) for slot in slots]), []
-        for _ in range(num_steps):
-            packs.clear()
-            with torch.inference_mode(), model.router.use(route):
-                model.block(torch.randn(route.num_rows, I))
-            counts.append(len(packs))
-        return counts
-
-    assert packed_by(2, range(4)) == [2, 0]  # all new: at once
-    counts = packed_by(packed.STEPS_TO_PACK * 5 + 3, range(5))
-    assert sum(counts) == 2
-    assert max(counts) == 1
-    assert not any(counts[: packed.STEPS_TO_PACK * 5 - 1])
-    assert not any(packed_by(packed.MAX_SPARSE_STEPS, range(1)))
-    assert sum(packed_by(4, range(1))) == 2  # what is not used any more goes
-    assert not any(packed_by(packed.MAX_SPARSE_STEPS + 2, range(1)))
-
-
+@pytest.mark.usefixtures("native_kind")
 def test_another_adapters_infinity_stays_its_own() -> None:
     model = Model(torch.float32)
     model.bank.load(0, {name: Folded(torch.full((2, I), 3e38), torch.ones(2, size)) for name, size in SIZES.items()})
@@ -211,13 +185,16 @@ def test_the_weights_read_back_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("can_pack", [True, False])
-def test_a_packed_weight_is_the_weight(dtype: torch.dtype, can_pack: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not can_pack:
+@pytest.mark.parametrize("has_onednn", [True, False])
+def test_a_packed_weight_is_the_weight(
+    dtype: torch.dtype, has_onednn: bool, native_kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_onednn:
         monkeypatch.setattr(packing, "_packers", lambda: None)
+    is_packable = dtype in packing.PACKABLE and (native_kind != "off" or packing._packers() is not None)
     weight, bias = torch.randn(37, 19).to(dtype), torch.randn(37).to(dtype)
     packed_weight = PackedWeight(weight)
-    assert packed_weight.is_packed == (can_pack and dtype in (torch.float32, torch.bfloat16))
+    assert packed_weight.is_packed == is_packable
     assert torch.equal(packed_weight.unpack(), weight)
     for num_rows in (0, 1, 5, 64):
         x = torch.randn(num_rows, 19).to(dtype)
@@ -234,7 +211,7 @@ def test_layers_of_other_kinds_stay_as_they_are() -> None:
     layers = {"a": LoraLinear(Other(8, 8), router), "b": LoraLinear(Conv1D(6, 8), router)}
     attach_slots(layers, 2, dtype=torch.float32)
     weight = layers["b"].base_layer.weight.detach().clone()
-    assert len(share_inputs(layers, [["a"], ["b"]], AdapterPacker())) == 1
+    assert len(share_inputs(layers, [["a"], ["b"]])) == 1
     assert isinstance(layers["a"].base_layer, Other)
     x = torch.randn(3, 8)
     with torch.inference_mode():

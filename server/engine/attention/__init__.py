@@ -1,6 +1,5 @@
 """Attention over packed sequences, behind transformers' attention interface. The import surface of the package."""
 
-from server.engine.attention.copies import DecodeCopies
 from server.engine.attention.device import NO_CONFIGS, AttentionPlan, DeviceAttention, Span, tune_attention
 from server.engine.attention.interface import ATTENTION_NAME, AttentionCall, AttentionStep, register, use_step
 from server.engine.attention.native import NativeAttention
@@ -17,7 +16,6 @@ __all__ = [
     "AttentionPlan",
     "AttentionProbe",
     "AttentionStep",
-    "DecodeCopies",
     "DeviceAttention",
     "NativeAttention",
     "PagedAttention",

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from server.engine.attention.copies import DecodeCopies, DecodeCopy
 from server.engine.attention.interface import AttentionCall, Rotations
 from server.engine.attention.tiles import Tile, make_tiles, visible
 from server.engine.kv_cache import KVCache, LayerShape
@@ -30,7 +29,6 @@ class AttentionGroup:
         blocks: [N, B] their block tables, padded with the null block.
         lengths: tokens of each sequence, the new ones included.
         num_queries: Q.
-        members: a number per sequence that is its own for as long as it lives; None if nobody asks for it again.
     """
 
     start: int
@@ -38,19 +36,16 @@ class AttentionGroup:
     blocks: Tensor
     lengths: Sequence[int]
     num_queries: int
-    members: tuple[int, ...] | None = None
     _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
     _tiles: dict[tuple[int | None, int, int], list[Tile]] = field(default_factory=dict)
     _indices: dict[LayerShape, Tensor] = field(default_factory=dict)
 
-    def mask(
-        self, lengths: Sequence[int], window: int | None, num_keys: int, num_kv_heads: int, dtype: torch.dtype
-    ) -> Tensor:
+    def mask(self, window: int | None, num_keys: int, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
         """[N·Hkv, 1, num_keys] which keys the last tokens of sequences see, 0 or -inf; kept for the other layers."""
         key = (window, num_kv_heads)
         if key not in self._masks:
             device = self.blocks.device
-            last = torch.tensor(lengths, device=device) - 1
+            last = torch.tensor(self.lengths, device=device) - 1
             mask = visible(last, torch.arange(num_keys, device=device), window, dtype)
             self._masks[key] = mask.repeat_interleave(num_kv_heads, 0)[:, None]
         return self._masks[key]
@@ -84,21 +79,12 @@ class PagedAttention:
     Args:
         positions: [T] where the new tokens' keys and values go in the pool.
         groups: together they cover tokens [0, T).
-        copies: kept from step to step, for the groups that have members.
     """
 
-    def __init__(
-        self, cache: KVCache, positions: Tensor, groups: list[AttentionGroup], copies: DecodeCopies | None = None
-    ) -> None:
+    def __init__(self, cache: KVCache, positions: Tensor, groups: list[AttentionGroup]) -> None:
         self._cache = cache
         self._positions = positions
         self._groups = groups
-        self._copies: list[DecodeCopy | None] = [None] * len(groups)
-        if copies is not None:
-            lasting = [(i, g.members) for i, g in enumerate(groups) if g.members is not None and g.num_queries == 1]
-            made = copies.begin_step(cache, [(members, groups[i].lengths, groups[i].blocks) for i, members in lasting])
-            for (i, _), copy in zip(lasting, made, strict=True):
-                self._copies[i] = copy
         self._rotations = Rotations()
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -117,51 +103,20 @@ class PagedAttention:
         num_query_heads = heads.shape[1] - 2 * num_kv_heads
         query, key_value = heads[:, :num_query_heads], heads[:, num_query_heads:]
         self._cache.write_joined(call.layer, self._positions, key_value)
-        outputs = []
-        for group, copy in zip(self._groups, self._copies, strict=True):
-            rows = slice(group.start, group.stop)
-            if copy is None:
-                outputs.append(self._attend_group(call, group, query[rows]))
-            else:
-                outputs.append(self._attend_copy(call, group, query[rows], key_value[rows], copy))
-        return self._join(outputs)
+        return self._join([self._attend_group(call, g, query[g.start : g.stop]) for g in self._groups])
 
     @staticmethod
     def _join(outputs: list[Tensor]) -> Tensor:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _attend_copy(
-        self, call: AttentionCall, group: AttentionGroup, query: Tensor, key_value: Tensor, copy: DecodeCopy
-    ) -> Tensor:
-        """query [N, H, D], new keys and values [N, 2·Hkv, D] -> [N, H, Dv]."""
-        keys, values = copy.update(call.layer, key_value)
-        if copy.order is not None:
-            query = query.index_select(0, copy.order)
-        out = self._attend_singles(call, group, query, keys, values, copy.lengths)
-        return out if copy.places is None else out.index_select(0, copy.places)
-
-    def _attend_singles(
-        self,
-        call: AttentionCall,
-        group: AttentionGroup,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        lengths: Sequence[int],
-    ) -> Tensor:
-        """query [N, H, D], keys and values [N·Hkv, L, D or Dv] -> [N, H, Dv]."""
-        num_kv_heads = keys.shape[0] // query.shape[0]
-        mask = group.mask(lengths, call.window, keys.shape[1], num_kv_heads, query.dtype)
-        folded = query.reshape(keys.shape[0], -1, query.shape[-1])  # [N·Hkv, G, D]
-        out = _attend_directly(call, folded, keys, values, mask, num_kv_heads)
-        return out.view(query.shape[0], query.shape[1], -1)
-
     def _attend_group(self, call: AttentionCall, group: AttentionGroup, query: Tensor) -> Tensor:
         """query [N·Q, H, D] -> [N·Q, H, Dv]."""
         keys, values = self._cache.read(call.layer, group.index(self._cache, call.layer))
-        if group.num_queries == 1:
-            return self._attend_singles(call, group, query, keys, values, group.lengths)
         num_kv_heads, dim = self._cache.shape(call.layer).num_kv_heads, query.shape[-1]
+        if group.num_queries == 1:
+            folded = query.reshape(keys.shape[0], -1, dim)  # [N·Hkv, G, D]
+            mask = group.mask(call.window, keys.shape[1], num_kv_heads, query.dtype)
+            return _attend_directly(call, folded, keys, values, mask, num_kv_heads).view(*query.shape[:2], -1)
         split = query.reshape(group.num_queries, num_kv_heads, -1, dim)
         outputs = []
         for tile in group.tiles(call.window, num_kv_heads, query):

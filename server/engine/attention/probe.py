@@ -24,7 +24,11 @@ class AttentionProbe:
         return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
 
     def attend_joined(
-        self, call: AttentionCall, heads: Tensor, num_kv_heads: int, embeddings: tuple[Tensor, Tensor]
+        self,
+        call: AttentionCall,
+        heads: Tensor,
+        num_kv_heads: int,
+        embeddings: tuple[Tensor, Tensor],  # noqa: ARG002
     ) -> Tensor:
         num_query_heads = heads.shape[1] - 2 * num_kv_heads
         return self.attend(call, *heads.split([num_query_heads, num_kv_heads, num_kv_heads], dim=1))
