@@ -18,7 +18,7 @@ WIDE = ("-DWIDE", "-O1", "-Wno-psabi")
 
 @functools.cache
 def _wide_libraries() -> str:
-    """A folder of libraries with vectors of 16 floats and tiles of 12 rows, as for AVX-512, that run on any processor."""
+    """A folder of libraries with vectors of 16 floats and tiles of 12 rows, as with AVX-512, that run everywhere."""
     folder = tempfile.mkdtemp(prefix="loramux-wide-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     kind = native.processor()
