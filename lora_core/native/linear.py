@@ -1,12 +1,15 @@
 """A linear layer's weight in the panels that `linear.c` reads."""
 
+import ctypes
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lora_core.native import library
 
-__all__ = ["NativeWeight"]
+__all__ = ["NativeInt4Weight", "NativeWeight"]
 
 
 class NativeWeight:
@@ -17,13 +20,11 @@ class NativeWeight:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        library_ = library(weight.dtype)
-        assert library_ is not None
+        library_ = _library(weight.dtype)
         self.out_features, self.in_features = weight.shape
         self._linear = library_.linear
         self._is_interleaved = weight.dtype == torch.bfloat16
-        width = int(library_.panel_width())
-        panels = F.pad(weight, (0, 0, 0, -self.out_features % width)).unflatten(0, (-1, width))  # [P, W, I]
+        panels = _panels(weight, library_)  # [P, W, I]
         if self._is_interleaved:
             panels = panels.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
         self._panels = panels.transpose(1, 2).contiguous()  # [P, I, W]
@@ -34,16 +35,7 @@ class NativeWeight:
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., I] of the weight's dtype, bias [O] -> [..., O]."""
-        rows = x.reshape(-1, self.in_features)
-        if rows.stride(1) != 1 or x.dtype != self._panels.dtype:
-            rows = rows.to(self._panels.dtype).contiguous()
-        bias = None if bias is None else bias.to(rows.dtype).contiguous()
-        y = rows.new_empty(*x.shape[:-1], self.out_features)
-        places = rows.data_ptr(), rows.stride(0), self._panels.data_ptr(), None if bias is None else bias.data_ptr()
-        failed = self._linear(*places, y.data_ptr(), len(rows), self.in_features, self.out_features)
-        if failed:
-            raise MemoryError("no memory for a product")
-        return y
+        return _multiply(self._linear, x, (self._panels,), bias, self.out_features)
 
     def unpack(self) -> Tensor:
         """[O, I], bit for bit: a copy."""
@@ -51,3 +43,62 @@ class NativeWeight:
         if self._is_interleaved:
             panels = panels.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
         return panels.flatten(0, 1)[: self.out_features].contiguous()
+
+
+class NativeInt4Weight:
+    """The same for a weight in 4 bits, of which groups of 32 numbers along the input share a scale and a middle.
+
+    Args:
+        codes: [O, G, 32], 0 to 15.
+        scale, middle: [O, G] in the dtype of what is multiplied: a weight is (code - 8)·scale + middle.
+    """
+
+    def __init__(self, codes: Tensor, scale: Tensor, middle: Tensor) -> None:
+        library_ = _library(scale.dtype)
+        self.out_features = codes.shape[0]
+        self._linear = library_.linear_int4
+        pairs = _panels(codes.flatten(1).to(torch.uint8), library_).unflatten(2, (-1, 2))  # [P, W, I / 2, 2]
+        self._codes = (pairs[..., 0] | pairs[..., 1] << 4).transpose(1, 2).contiguous()  # [P, I / 2, W]
+        parts = [_panels(part, library_).transpose(1, 2) for part in (scale, middle)]
+        self._scales = torch.stack(parts, dim=2).contiguous()  # [P, G, 2, W]
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., I], bias [O] -> [..., O]."""
+        return _multiply(self._linear, x, (self._codes, self._scales), bias, self.out_features)
+
+    def unpack(self) -> Tensor:
+        """[O, I]: a copy, rounded to the scales' dtype."""
+        pairs = self._codes.transpose(1, 2)
+        codes = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(2).unflatten(2, (self._scales.shape[1], -1))
+        scale, middle = (self._scales[:, :, i].transpose(1, 2)[..., None].float() for i in (0, 1))
+        weight = (codes.float() - 8) * scale + middle  # [P, W, G, 32]
+        return weight.flatten(2).flatten(0, 1)[: self.out_features].to(self._scales.dtype)
+
+
+def _library(dtype: torch.dtype) -> ctypes.CDLL:
+    found = library(dtype)
+    assert found is not None
+    return found
+
+
+def _panels(weight: Tensor, library_: ctypes.CDLL) -> Tensor:
+    """[O, I] -> [P, W, I], the last panel filled up with zeros."""
+    width = int(library_.panel_width())
+    return F.pad(weight, (0, 0, 0, -weight.shape[0] % width)).unflatten(0, (-1, width))
+
+
+def _multiply(
+    function: Callable[..., int], x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, num_out: int
+) -> Tensor:
+    """x [..., I] times what `weights` hold -> [..., num_out], in the dtype of the last of them."""
+    dtype = weights[-1].dtype
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1 or x.dtype != dtype:
+        rows = rows.to(dtype).contiguous()
+    bias = None if bias is None else bias.to(dtype).contiguous()
+    y = rows.new_empty(*x.shape[:-1], num_out)
+    places = [weight.data_ptr() for weight in weights]
+    end = None if bias is None else bias.data_ptr(), y.data_ptr(), len(rows), x.shape[-1], num_out
+    if function(rows.data_ptr(), rows.stride(0), *places, *end):
+        raise MemoryError(f"no memory for a product of {len(rows)} rows")
+    return y

@@ -76,10 +76,10 @@ def figures(prompts, num_new, seconds, times=None):
 
 def main():
     job = json.loads(Path(sys.argv[1]).read_text())
-    how, prompts, num_new = job["how"], job["prompts"], job["num_new"]
+    how, prompts, num_new, dtype = job["how"], job["prompts"], job["num_new"], getattr(torch, job["dtype"])
     begin = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(
-        job["model"], dtype=torch.bfloat16, attn_implementation="paged|sdpa" if how == "cb" else "sdpa"
+        job["model"], dtype=dtype, attn_implementation="paged|sdpa" if how == "cb" else "sdpa"
     ).eval()
     names = list(job["adapters"])
     if how == "peft":
@@ -88,7 +88,7 @@ def main():
         model = PeftModel.from_pretrained(model, job["adapters"][names[0]], names[0], autocast_adapter_dtype=False)
         for name in names[1:]:
             model.load_adapter(job["adapters"][name], adapter_name=name, autocast_adapter_dtype=False)
-        model = model.to(torch.bfloat16).eval()
+        model = model.to(dtype).eval()
     start_s = time.perf_counter() - begin
     extra = {"adapter_names": job["names"]} if how == "peft" else {}
     runs = []

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.client import Job
+from tests.bench.machine import peers_dtype
 from tests.bench.material import Material, cache_folder
 from tests.bench.workloads import Request, Workload
 
@@ -101,7 +102,7 @@ def _vllm_command(*, lora: bool) -> Callable[[Material, Workload, int], list[str
     def command(material: Material, workload: Workload, port: int) -> list[str]:
         out = [
             *(str(environment("vllm")), "-m", "vllm.entrypoints.openai.api_server", "--model", str(material.model)),
-            *("--served-model-name", "base", "--dtype", "bfloat16", "--max-model-len", "2048", "--port", str(port)),
+            *("--served-model-name", "base", "--dtype", peers_dtype(), "--max-model-len", "2048", "--port", str(port)),
             *("--max-num-seqs", "32", "--no-enable-prefix-caching", "--disable-log-stats"),
         ]
         if lora:
@@ -227,7 +228,7 @@ def jobs_for(
 def run_in_process(name: str, job: dict[str, Any]) -> dict[str, Any]:
     """Run a peer that has no server; its figures."""
     path = cache_folder() / f"{name}-job.json"
-    path.write_text(json.dumps(job | {"how": IN_PROCESS[name]}))
+    path.write_text(json.dumps(job | {"how": IN_PROCESS[name], "dtype": peers_dtype()}))
     script = Path(__file__).with_name("inprocess.py")
     out = subprocess.run([environment("hf"), script, path], capture_output=True, text=True, check=False)
     if out.returncode:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lora_core import Route, Run, SlotBank, native
 from lora_core.maths import Folded
-from lora_core.native.linear import NativeWeight
+from lora_core.native.linear import NativeInt4Weight, NativeWeight
 from lora_core.native.small import native_rms_norm, native_silu_gate
 from lora_core.ops import reference
 from lora_core.ops.native import NativeGroup
@@ -55,6 +55,25 @@ def test_a_rows_product_does_not_depend_on_the_other_rows(dtype: torch.dtype) ->
     for _ in range(20):
         rows = slice(start := random.randrange(150), start + random.randint(1, 70))
         assert torch.equal(own(x[rows]), together[rows])
+
+
+@DTYPES
+@pytest.mark.usefixtures("c_only")
+def test_products_with_weights_in_4_bits(dtype: torch.dtype) -> None:
+    for _ in range(4):
+        num_out, num_groups = random.randint(1, 100), random.randint(1, 5)
+        codes = torch.randint(0, 16, (num_out, num_groups, 32))
+        scale, middle = (torch.randn(num_out, num_groups).to(dtype) for _ in range(2))
+        weight = ((codes.double() - 8) * scale.double()[..., None] + middle.double()[..., None]).flatten(1)
+        own = NativeInt4Weight(codes, scale, middle)
+        torch.testing.assert_close(own.unpack().double(), weight, **CLOSE[dtype])
+        x, bias = torch.randn(70, 32 * num_groups).to(dtype), torch.randn(num_out).to(dtype)
+        together, size = own(x, bias), float(weight.norm(dim=1).max())
+        for num_rows in (0, 1, 2, 3, 4, 11, 70):
+            out = own(x[:num_rows], bias)
+            expected = F.linear(x[:num_rows].double(), weight, bias.double())
+            torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1e-3 * size)
+            assert torch.equal(out, together[:num_rows])
 
 
 @pytest.mark.usefixtures("c_only")
