@@ -59,6 +59,7 @@ def doctor(
     checks = [
         _python(),
         _device(),
+        *_products(),
         _model(model, model_bytes),
         _memory(model_bytes or 0),
         _store(store),
@@ -94,6 +95,23 @@ def _device() -> Check:
         advice = "the driver does not fit this build of PyTorch: see nvidia-smi"
         return Check("device", "warning", f"torch {torch.__version__} for CUDA {torch.version.cuda}, no GPU", advice)
     return Check("device", "ok", f"torch {torch.__version__}, CPU")
+
+
+def _products() -> Iterator[Check]:
+    """What multiplies on a CPU."""
+    if find_spec("torch") is None:
+        return
+    import torch  # noqa: PLC0415
+
+    from lora_core import native  # noqa: PLC0415
+
+    if torch.cuda.is_available() or (kind := native.processor()) is None:
+        return
+    if native.library(torch.bfloat16) is None:
+        advice = "install gcc, or set LORAMUX_NATIVE to a folder that `python -m lora_core.native` filled elsewhere"
+        yield Check("products", "warning", "PyTorch's own, which are slower", advice)
+    else:
+        yield Check("products", "ok", f"compiled for {kind}")
 
 
 def _model_bytes(model: str) -> int | None:
