@@ -11,7 +11,7 @@ import pytest
 
 from lora_core import native
 
-__all__ = ["native_kind"]
+__all__ = ["native_kind", "without_native"]
 
 WIDE = ("-DWIDE", "-O1", "-Wno-psabi")
 
@@ -37,4 +37,13 @@ def native_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv(native.VARIABLE, "off" if kind == "off" else _wide_libraries())
     native.library.cache_clear()
     yield kind
+    native.library.cache_clear()
+
+
+@pytest.fixture
+def without_native(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """PyTorch's operators alone: the stand-ins for devices see no others."""
+    monkeypatch.setenv(native.VARIABLE, "off")
+    native.library.cache_clear()
+    yield
     native.library.cache_clear()

@@ -7,8 +7,11 @@ from pathlib import Path
 
 from lora_core.native import DTYPES, PROCESSORS, build, library_name
 
+__all__ = ["main"]
+
 
 def main() -> None:
+    """The command: one file for each kind of processor and dtype."""
     parser = argparse.ArgumentParser(prog="lora_core.native", description=__doc__)
     parser.add_argument("folder", type=Path, help="where the libraries go")
     folder: Path = parser.parse_args().folder

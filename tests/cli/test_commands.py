@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lora_core import native
 from server.cli.bench import percentile
 from server.cli.console import plain
 from tests.api.conftest import Live
@@ -124,7 +126,9 @@ def test_percentiles() -> None:
 def test_doctor(live: Live, run: Run, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = json.loads(run("doctor", "--model", tiny[0], "--store", tmp_path / "s", "--json").stdout)
     states = {check["name"]: check["state"] for check in report["checks"]}
-    assert states.keys() == {"python", "device", "model", "memory", "store", "server", "served model", "adapters"}
+    wanted = {"python", "device", "model", "memory", "store", "server", "served model", "adapters"}
+    assert states.keys() - {"products"} == wanted
+    assert native.processor() is None or states["products"] == ("ok" if native.library(torch.bfloat16) else "warning")
     assert {states[name] for name in ("python", "device", "model", "server", "served model", "adapters")} == {"ok"}
     found = run("doctor", "--model", tmp_path, status=1).stdout
     assert "no config.json" in found

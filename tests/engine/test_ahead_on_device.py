@@ -25,7 +25,12 @@ from server.leases import LeaseState
 from tests.engine.late_device import LateDevice
 from tests.engine.recorded_graph import RecordingCapture
 from tests.engine.wishes import Wish, assert_equal, random_wish, run_wishes
+from tests.native_kinds import without_native
 from tests.tiny_models import VOCABULARY, tiny_model
+
+__all__ = ["without_native"]
+
+pytestmark = pytest.mark.usefixtures("without_native")
 
 NUM_SLOTS = 3
 PLAIN = EngineConfig(

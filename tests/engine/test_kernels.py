@@ -24,7 +24,12 @@ from server.engine.scheduler import Chunk, Step
 from server.engine.selfcheck import check_against_reference
 from tests.engine.recorded_graph import RecordingCapture
 from tests.engine_driver import Driver, FixedLease, greedy
+from tests.native_kinds import without_native
 from tests.tiny_models import VOCABULARY, tiny_model
+
+__all__ = ["without_native"]
+
+pytestmark = pytest.mark.usefixtures("without_native")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK = 4
