@@ -15,7 +15,7 @@ from lora_core.serving import ExpertFactors, ModuleCopy, Part, TokenRows
 from server.adapters.loader import AdapterLoader
 from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME
 from tests import peft_adapters
-from tests.adapters.stand_in_device import StandInDevice, bring_home
+from tests.stand_in_device import StandInDevice, bring_home
 from tests.tiny_models import VOCABULARY, tiny_model
 
 EMBEDDING = {"llama": "embed_tokens", "gpt2": "wte"}

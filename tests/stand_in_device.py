@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 __all__ = ["AwayTensor", "StandInDevice", "bring_home"]
 
 PLACE = torch.device("lazy", 0)
-MAY_MIX = {"aten::_to_copy", "aten::copy_", "aten::index"}  # indices may be the host's
+MAY_MIX = {"aten::_to_copy", "aten::copy_"}
 
 
 class AwayTensor(torch.Tensor):
