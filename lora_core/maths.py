@@ -20,6 +20,9 @@ from lora_core.weights import LoraTensors
 
 __all__ = ["Folded", "delta_weight", "dora_gain", "fold", "is_finite", "weight_change"]
 
+# Of W0 + s·B·A, for its norms: 64 MiB in float32.
+NORM_ELEMENTS = 1 << 24
+
 
 @dataclass(frozen=True, slots=True)
 class Folded:
@@ -59,17 +62,22 @@ def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
 
 
 def dora_gain(magnitude: Tensor, base_weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """m / ‖W0 + s·B·A‖_row, [O] (Liu et al. 2024, eq. 5 and section 4.3).
+    """m / ‖W0 + s·B·A‖_row, [O] (Liu et al. 2024, eq. 5 and section 4.3), on the magnitude's device.
 
-    The norm is a constant to autograd, as in the paper and in PEFT.
+    The norm is a constant to autograd, as in the paper and in PEFT. It is computed where the base weight is, which is
+    large and stays there, and so many rows at a time that no more than `NORM_ELEMENTS` numbers are held for it.
 
     Args:
         base_weight: [O, I], in full precision; any quantized weight is dequantized before.
     """
     with torch.no_grad():
-        merged = base_weight.to(lora_A.dtype) + delta_weight(lora_A, lora_B, scaling)
-        norm = torch.linalg.vector_norm(merged, dim=1)
-    return magnitude / norm
+        lora_A, lora_B = lora_A.to(base_weight.device), lora_B.to(base_weight.device)
+        num_rows = max(NORM_ELEMENTS // max(base_weight.shape[1], 1), 1)
+        norms = [
+            torch.linalg.vector_norm(rows.to(lora_A.dtype) + delta_weight(lora_A, b, scaling), dim=1)
+            for rows, b in zip(base_weight.split(num_rows), lora_B.split(num_rows), strict=True)
+        ]
+    return magnitude / torch.cat(norms).to(magnitude.device)
 
 
 def weight_change(part: LoraTensors, scaling: float, base_weight: Tensor | None = None) -> Tensor:
@@ -91,7 +99,7 @@ def fold(part: LoraTensors, scaling: float, base_weight: Tensor | None = None) -
     """Fold one module of an adapter; differentiable in all of its tensors.
 
     Args:
-        base_weight: [O, I]; needed for DoRA only.
+        base_weight: [O, I]; needed for DoRA only. It may be on another device, and is not moved.
 
     Raises:
         TargetError: a DoRA part and a base weight of another shape.

@@ -2,8 +2,8 @@
 
 Formats: LLM.int8() (Dettmers et al. 2022), NF4 and FP4 (QLoRA, Dettmers et al. 2023). bitsandbytes is known here, in
 `quant_files` and in `quant_product` only, and imported where such a weight is met. torchao's tensors tell their numbers
-themselves. Layers of other packages (GPTQ, AWQ, compressed-tensors) compute, and keep their numbers to themselves:
-adapters that need none of them work.
+themselves. Layers of other packages (GPTQ, AWQ) compute, and keep their numbers to themselves: adapters that need none
+of them work.
 
 A trap on CPUs with AVX512-BF16: the first forward in evaluation mode repacks a 4-bit weight in place, rounding its
 scales to bfloat16, after which bitsandbytes' own dequantization returns noise. `keep_layout` prevents it for layers

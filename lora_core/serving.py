@@ -266,7 +266,7 @@ class _Folding:
         check_base_weight(name, self.adapter.base_weights.get(name), base)
         part, weight = part.map(Tensor.float), None
         if part.magnitude is not None:
-            weight = linear_weight(base).detach().cpu()
+            weight = linear_weight(base).detach()  # stays where it is
             weight = weight.T if isinstance(base, nn.Embedding) else weight
         out = fold(part, target.scaling, weight)
         scale = getattr(base, "embed_scale", None)
@@ -311,7 +311,8 @@ class _Folding:
             raise TargetError(f"token {max(indices)} is outside of the vocabulary of {len(weight)} tokens")
         reason = "embedding rows: into what they add to the base model's"
         rows = self._take(name + ROWS_SUFFIX, (len(indices), weight.shape[1]), "folded", reason)
-        return TokenRows(indices, rows.float().to(weight.device) - weight[list(indices)].float())
+        own = weight.index_select(0, torch.tensor(indices).to(weight.device))
+        return TokenRows(indices, rows.float().to(weight.device) - own.float())
 
 
 def _nested(parts: Parts) -> dict[str, Target]:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from server.engine import EngineLoop, Event, GenerationRequest, SamplingParams, Token
+from server.engine import EngineLoop, Event, GenerationRequest, SamplingParams, Token, TokenLogprob
 from server.leases import LeaseState
 
 TIMEOUT_S = 60.0
@@ -35,9 +35,10 @@ class FixedLease:
 
 @dataclass
 class Outcome:
-    """All events of one request."""
+    """All events of one request, and the log-probabilities of its prompt when its first token came."""
 
     events: list[Event] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @property
     def tokens(self) -> list[int]:
@@ -79,6 +80,8 @@ class Driver:
         self._outcomes.append(outcome)
 
         def emit(event: Event) -> None:
+            if not outcome.events:
+                outcome.prompt_logprobs = list(request.prompt_logprobs)
             outcome.events.append(event)
             if not isinstance(event, Token):
                 self._ended.put(index)

@@ -19,6 +19,7 @@ from lora_core import (
     parse_adapter,
 )
 from lora_core.checkpoint import non_finite_tensor
+from lora_core.transfer import SideWork, side_work_for
 from server.adapters.report import import_report
 from server.adapters.tiers import HostAdapter
 from server.errors import InvalidAdapterError
@@ -35,22 +36,32 @@ class FoldedAdapter:
 
 
 class AdapterLoader:
-    """Checks and folds adapters for one model.
+    """Checks and folds adapters for one model, on several threads at once, beside the engine's.
+
+    What needs the base weights (DoRA's norms, an adapter's own copies of modules) is computed where they are.
 
     Args:
         model: the served model, with its linear layers wrapped.
         dtype: of the folded arrays, the model's own.
         max_rank: highest rank that is accepted.
         flatten_for: keep each adapter in one piece of memory, from which one copy brings it to this device; None: no.
+        work: how to compute on the model's device; by default beside the steps.
     """
 
     def __init__(
-        self, model: nn.Module, *, dtype: torch.dtype, max_rank: int, flatten_for: torch.device | None = None
+        self,
+        model: nn.Module,
+        *,
+        dtype: torch.dtype,
+        max_rank: int,
+        flatten_for: torch.device | None = None,
+        work: SideWork | None = None,
     ) -> None:
         self._model = model
         self._dtype = dtype
         self.max_rank = max_rank
         self._flatten_for = flatten_for
+        self._work = side_work_for(next(model.parameters()).device) if work is None else work
 
     def fold(self, config_json: bytes, weights: bytes) -> FoldedAdapter:
         """Make an adapter ready for a slot.
@@ -121,7 +132,8 @@ class AdapterLoader:
 
     def _fold(self, adapter: AdapterWeights, ledger: TensorLedger | None = None) -> FoldedAdapter:
         try:
-            modules = fold_adapter(adapter, self._model, dtype=self._dtype, ledger=ledger)
+            with self._work.begin():
+                modules = fold_adapter(adapter, self._model, dtype=self._dtype, ledger=ledger)
         except LoraError as error:
             raise InvalidAdapterError(str(error), code=error.code) from error
         num_bytes = sum(t.numel() * t.element_size() for folded in modules.values() for t in folded.tensors())

@@ -50,8 +50,8 @@ def serve(
         str,
         option(
             "--quantization",
-            '"none", "nf4", "fp4" or "int8": hold linear layers in so many bits (bitsandbytes); "int4": 4 bits on a CPU, '
-            "without bitsandbytes.",
+            '"none", "nf4", "fp4" or "int8": hold linear layers in so many bits (bitsandbytes); "int4": 4 bits on a '
+            "CPU, without bitsandbytes.",
         ),
     ] = DEFAULTS.quantization,
     double_quant: Annotated[

@@ -9,16 +9,15 @@ from torch import Tensor
 from lora_core import Route, Run
 from server.engine.attention import AttentionGroup, Span
 from server.engine.blocks import NULL_BLOCK
-from server.engine.request import GenerationRequest
-from server.engine.sampling import prompt_logprobs
+from server.engine.request import GenerationRequest, TokenLogprob
+from server.engine.sampling import RowLogprobs
 from server.engine.scheduler import Chunk, Step
+from server.engine.transfers import upload
 
-__all__ = ["Batch", "PromptRows", "RouteMemo", "build_batch", "with_tokens"]
+__all__ = ["Batch", "PromptLogprobs", "PromptRows", "RouteMemo", "build_batch", "with_tokens"]
 
 # Padded tokens that cost about as much as one more attention call per layer.
 MAX_PADDED_TOKENS = 1_024
-# Rows of logits that are turned into float32 at once for a prompt's log-probabilities.
-MAX_LOGPROB_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +29,36 @@ class PromptRows:
     start: int
     stop: int
 
-    def note(self, logits: Tensor) -> None:
-        """Keep the log-probabilities; those that are known from before a preemption are left alone."""
-        request = self.request
-        known = max(len(request.prompt_logprobs) - self.position, 0)
-        for start in range(self.start + known, self.stop, MAX_LOGPROB_ROWS):
-            stop = min(start + MAX_LOGPROB_ROWS, self.stop)
-            position = self.position + start - self.start
-            token_ids = request.prompt_ids[position + 1 : position + 1 + stop - start]
-            request.prompt_logprobs += prompt_logprobs(logits[start:stop], token_ids, request.sampling.num_top_logprobs)
+    @property
+    def token_ids(self) -> list[int]:
+        """Those that they tell of, which are known."""
+        return self.request.prompt_ids[self.position + 1 : self.position + 1 + self.stop - self.start]
+
+
+class PromptLogprobs:
+    """Log-probabilities of the prompts' tokens in a step, on their way to the host: making it waits for nothing.
+
+    Args:
+        logits: [N, V] of the batch's wanted rows; not needed any more when this returns.
+    """
+
+    def __init__(self, logits: Tensor, prompt_rows: Sequence[PromptRows]) -> None:
+        self._prompts = [(rows, self._begin(logits, rows)) for rows in prompt_rows]
+
+    @staticmethod
+    def _begin(logits: Tensor, rows: PromptRows) -> RowLogprobs:
+        token_ids = upload(rows.token_ids, logits.device)
+        return RowLogprobs(logits[rows.start : rows.stop], token_ids, rows.request.sampling.num_top_logprobs)
+
+    def note(self) -> None:
+        """Wait for them, and give each request its own; those that it has from before a preemption are left alone."""
+        for rows, logprobs in self._prompts:
+            if rows.request.is_finished:
+                continue
+            known = rows.request.prompt_logprobs
+            found = [TokenLogprob(*each) for each in zip(rows.token_ids, *logprobs.read(), strict=True)]
+            assert len(known) >= rows.position
+            known += found[len(known) - rows.position :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +88,7 @@ class Batch:
     head_route: Route
     last_rows: Tensor
     sampled: list[GenerationRequest]
-    sampled_rows: Tensor | None
+    sampled_rows: list[int] | None
     prompt_rows: list[PromptRows]
     new_blocks: list[int]
 
@@ -141,7 +161,7 @@ def build_batch(
         head_route=route.select(last_rows) if prompt_rows else routes.get([Run(r.route_weights, 1) for r in sampled]),
         last_rows=torch.tensor(last_rows, dtype=torch.long, device=device),
         sampled=sampled,
-        sampled_rows=torch.tensor(sampled_rows, dtype=torch.long, device=device) if prompt_rows else None,
+        sampled_rows=sampled_rows if prompt_rows else None,
         prompt_rows=prompt_rows,
         new_blocks=step.new_blocks,
     )

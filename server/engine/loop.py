@@ -22,7 +22,7 @@ import torch
 
 from server.allocator import trim
 from server.engine.adjust import needs_adjusting
-from server.engine.batch import RouteMemo, build_batch
+from server.engine.batch import PromptLogprobs, RouteMemo, build_batch
 from server.engine.blocks import BlockPool
 from server.engine.fairness import Fairness
 from server.engine.ports import AdapterLease
@@ -30,6 +30,7 @@ from server.engine.request import Event, Failed, Finished, FinishReason, Generat
 from server.engine.runner import ModelRunner
 from server.engine.sampling import Drawn, Sampled, draw
 from server.engine.scheduler import Scheduler, Step
+from server.engine.transfers import upload
 from server.errors import (
     ContextLengthError,
     GenerationError,
@@ -83,11 +84,13 @@ class _Launched:
 
     Attributes:
         requests: those that get the tokens; a step of prompts' parts may have none, and is waited for all the same.
+        prompts: log-probabilities that are wanted of prompts.
         leases: of requests that have ended since: the step may still read their adapters.
     """
 
     step: Step
     requests: list[GenerationRequest]
+    prompts: PromptLogprobs
     drawn: Drawn
     begin_s: float
     leases: list[AdapterLease] = field(default_factory=list)
@@ -254,9 +257,8 @@ class EngineLoop:
 
     def _step(self) -> bool:
         """Launch a step, and read the one before it or this one; False if there was nothing to do."""
-        num_sampled = 0
-        if self._launched and any(needs_adjusting(request) for request in self._launched[0].requests):
-            num_sampled = self._read()
+        must_read = self._launched and any(map(needs_adjusting, self._launched[0].requests))
+        num_sampled = self._read() if must_read else 0
         was_busy = bool(self._launched)
         step = self._scheduler.schedule(time.monotonic())
         for request, error in step.failed:
@@ -280,17 +282,16 @@ class EngineLoop:
         try:
             batch = build_batch(step, self._pool.block_size, runner.device, self._routes, spans_only=runner.reads_spans)
             logits = runner.forward(batch, last)
-            for rows in batch.prompt_rows:
-                rows.note(logits)
+            prompts = PromptLogprobs(logits, batch.prompt_rows)
             if batch.sampled_rows is not None:
-                logits = logits[batch.sampled_rows]
+                logits = logits[upload(batch.sampled_rows, runner.device, torch.long)]
             drawn = draw(logits, batch.sampled, eos_token_ids=runner.facts.eos_token_ids)
         except Exception as error:
             logger.exception("a step of %d requests failed", len(step.chunks))
             runner.settle()  # what was launched before it failed reads adapters that are about to be released
             self._fail(step, error)
             return False
-        self._launched.append(_Launched(step, batch.sampled, drawn, begin_s))
+        self._launched.append(_Launched(step, batch.sampled, prompts, drawn, begin_s))
         return True
 
     def _commit(self, launched: _Launched) -> None:
@@ -304,7 +305,9 @@ class EngineLoop:
         launched = self._launched.pop(0)
         num_sampled = 0
         try:
-            for request, sampled in zip(launched.requests, launched.drawn.read(), strict=True):
+            drawn = launched.drawn.read()
+            launched.prompts.note()  # there by now, and complete before the first token is told
+            for request, sampled in zip(launched.requests, drawn, strict=True):
                 if not request.is_finished:  # else it has ended meanwhile
                     request.in_flight = None
                     self._advance(request, sampled)

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from lora_core.quant import keep_layout, settle_layout
 from server.engine.attention import ATTENTION_NAME, AttentionCall, AttentionProbe, register, use_step
 from server.engine.kv_cache import LayerShape
-from server.engine.quantization import Quantization, loading_options, round_weights
+from server.engine.quantization import Quantization, loading_options, round_weights, settle_layers
 from server.errors import InvalidRequestError
 
 __all__ = ["ModelFacts", "inspect_model", "load_model", "read_model", "run_probe"]
@@ -83,6 +83,7 @@ def read_model(path: str | Path, *, dtype: torch.dtype, device: torch.device, qu
             f"{min(found['missing_keys'])} among them",
             code="model_unsupported",
         )
+    settle_layers(model)
     for module in model.modules():
         keep_layout(module)
     if quantization.kind == "int4":

@@ -20,9 +20,16 @@ from lora_core.packing import can_be_int4, has_int4, round_to_int4
 from lora_core.quant import quiet_bitsandbytes
 from server.errors import InvalidRequestError
 
-__all__ = ["Quantization", "checkpoint_quantization", "loading_options", "round_weights"]
+__all__ = ["OwnLinear", "Quantization", "checkpoint_quantization", "loading_options", "round_weights", "settle_layers"]
 
 NEEDED_PACKAGES = ("bitsandbytes", "accelerate")
+# By a checkpoint's method: what Python imports, and what pip installs for it. transformers names others' itself.
+PACKAGES_OF_METHODS = {
+    "gptq": {"optimum": "optimum", "gptqmodel": "gptqmodel"},
+    "awq": {"gptqmodel": "gptqmodel"},
+    "compressed-tensors": {"compressed_tensors": "compressed-tensors"},
+    "torchao": {"torchao": "torchao"},
+}
 DEVICES = frozenset({"cpu", "cuda"})
 FOUR_BITS = frozenset({"nf4", "fp4"})
 
@@ -76,6 +83,7 @@ def loading_options(
         _check_int4(dtype, device)
         return {}
     options: dict[str, Any] = {"device_map": {"": str(device)}}
+    _check_method(wanted)
     if wanted in FOUR_BITS or wanted == "int8":
         _check_bitsandbytes(wanted, device)
         if own is None:
@@ -93,6 +101,50 @@ def round_weights(model: nn.Module) -> None:
         if can_be_int4(weight):
             rounded = round_to_int4(weight)
             module.get_parameter("weight").data = rounded if type(module) is nn.Linear else rounded.T.contiguous()
+
+
+class OwnLinear(nn.Linear):
+    """A linear layer whose forward is its own, as one that rounds its inputs: not to be computed from its weight."""
+
+
+def settle_layers(model: nn.Module) -> None:
+    """Give the layers of compressed-tensors, in place, the form that they have from their first forward pass on.
+
+    The package decompresses them then, to the model's dtype. Of layers with rounded weights only nothing remains but a
+    linear layer of those numbers; others, which round their inputs as well, stay what they are. Models of other kinds
+    are left alone.
+
+    Raises:
+        InvalidRequestError: `quantization_unsupported`, the weights are in the files as they were before rounding.
+    """
+    layers = [module for module in model.modules() if getattr(module, "quantization_scheme", None) is not None]
+    if not layers or checkpoint_quantization(getattr(model, "config", None)) != "compressed-tensors":
+        return
+    loaded: Any = model
+    if hasattr(loaded, "ct_decompress_hook"):
+        loaded.hf_quantizer.compressor.decompress_model(model)
+    for layer in layers:
+        status = getattr(layer, "quantization_status", None)
+        scheme: Any = layer.quantization_scheme
+        if type(layer) is not nn.Linear or getattr(status, "value", status) != "decompressed":
+            raise InvalidRequestError(
+                f"compressed-tensors holds a {type(layer).__name__} as {getattr(status, 'value', status)}: only "
+                "compressed linear layers are served",
+                code="quantization_unsupported",
+            )
+        if scheme.input_activations is None and scheme.output_activations is None:
+            del layer.forward
+        else:
+            layer.__class__ = OwnLinear
+
+
+def _check_method(method: str) -> None:
+    missing = [pip for name, pip in PACKAGES_OF_METHODS.get(method, {}).items() if find_spec(name) is None]
+    if missing:
+        raise InvalidRequestError(
+            f"the model's files are quantized ({method}), which needs a package: pip install {' '.join(missing)}",
+            code="quantization_missing",
+        )
 
 
 def _check_int4(dtype: torch.dtype, device: torch.device) -> None:

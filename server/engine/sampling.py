@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from server.engine.adjust import adjust_logits, needs_adjusting
-from server.engine.request import GenerationRequest, SamplingParams, TokenLogprob
+from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.transfers import Fetch, upload
 
-__all__ = ["Drawn", "Sampled", "draw", "prompt_logprobs", "sample"]
+__all__ = ["Drawn", "RowLogprobs", "Sampled", "draw", "sample"]
 
 # With top_p alone, so many of the most likely tokens are looked at before all are sorted.
 NUM_CANDIDATES = 1_024
+# Rows of logits that are turned into float32 at once for log-probabilities.
+MAX_LOGPROB_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,23 +104,16 @@ def sample(
     return draw(logits, requests, eos_token_ids=eos_token_ids).read()
 
 
-def prompt_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
-    """Of each row's next token, which is known: logits [N, V], N `token_ids` -> N."""
-    logits = logits.float()
-    values, top = _RowLogprobs(logits, torch.tensor(token_ids, device=logits.device), num_top).read()
-    return [TokenLogprob(t, v, pairs) for t, v, pairs in zip(token_ids, values, top, strict=True)]
-
-
 class _Logprobs:
     """Of the rows that want them: the chosen token's, and the pairs of the most likely ones."""
 
     def __init__(self, logits: Tensor, tokens: Tensor, requests: Sequence[GenerationRequest]) -> None:
         wanted = [i for i, request in enumerate(requests) if request.sampling.logprobs]
         self._numbers = {i: requests[i].sampling.num_top_logprobs for i in wanted}
-        self._rows: _RowLogprobs | None = None
+        self._rows: RowLogprobs | None = None
         if wanted:
             rows = upload(wanted, logits.device)
-            self._rows = _RowLogprobs(logits[rows], tokens[rows], max(self._numbers.values()))
+            self._rows = RowLogprobs(logits[rows], tokens[rows], max(self._numbers.values()))
 
     def read(self) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
         if self._rows is None:
@@ -129,16 +124,22 @@ class _Logprobs:
         }
 
 
-class _RowLogprobs:
-    """Log-probabilities of one token a row, and of the `num_top` most likely ones."""
+class RowLogprobs:
+    """Log-probabilities of one token a row, and of the `num_top` most likely ones, on their way to the host.
+
+    Args:
+        logits: [N, V], any float dtype; not needed any more when this returns.
+        tokens: [N], on the same device.
+    """
 
     def __init__(self, logits: Tensor, tokens: Tensor, num_top: int) -> None:
-        total = logits.logsumexp(dim=-1, keepdim=True)
-        self._values = Fetch((logits.gather(1, tokens[:, None]) - total).squeeze(1))
-        self._best: tuple[Fetch, Fetch] | None = None
-        if num_top:
-            best = logits.topk(min(num_top, logits.shape[1]), dim=-1)
-            self._best = Fetch(best.indices), Fetch(best.values - total)
+        parts = [
+            _row_logprobs(rows.float(), own, num_top)
+            for rows, own in zip(logits.split(MAX_LOGPROB_ROWS), tokens.split(MAX_LOGPROB_ROWS), strict=True)
+        ]
+        values, indices, logprobs = (torch.cat(part) for part in zip(*parts, strict=True))
+        self._values = Fetch(values)
+        self._best = (Fetch(indices), Fetch(logprobs)) if num_top else None
 
     def read(self) -> tuple[list[float], list[tuple[tuple[int, float], ...]]]:
         values: list[float] = self._values.tolist()
@@ -147,6 +148,13 @@ class _RowLogprobs:
         indices, logprobs = self._best
         pairs = zip(indices.tolist(), logprobs.tolist(), strict=True)
         return values, [tuple(zip(ids, each, strict=True)) for ids, each in pairs]
+
+
+def _row_logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [N, V], tokens [N] -> their log-probabilities [N], and the K most likely ones with theirs [N, K]."""
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    best = logits.topk(min(num_top, logits.shape[1]), dim=-1)
+    return (logits.gather(1, tokens[:, None]) - total).squeeze(1), best.indices, best.values - total
 
 
 def uniform(seed: int, position: int) -> float:

@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
 
 from server.engine import GenerationRequest, SamplingParams
 from server.engine.adjust import adjust_logits
-from server.engine.sampling import prompt_logprobs, sample
+from server.engine.sampling import sample
 from tests.engine.test_sampling import VOCABULARY, assert_as_the_warpers, drawn_shares, spread_evenly, tokens
 
 EOS = frozenset({2, 9})
@@ -203,16 +203,6 @@ def test_logprobs_are_the_models_also_where_logits_are_changed() -> None:
         best = expected[i].topk(i % 4)
         assert [token for token, _ in sampled.top] == best.indices.tolist()
         assert [value for _, value in sampled.top] == pytest.approx(best.values.tolist(), abs=1e-5)
-
-
-def test_prompt_logprobs() -> None:
-    logits = torch.randn(9, VOCABULARY)
-    ids = random_ids(9)
-    expected = logits.log_softmax(dim=-1)
-    for i, entry in enumerate(prompt_logprobs(logits, ids, 2)):
-        assert entry.token_id == ids[i]
-        assert entry.logprob == pytest.approx(float(expected[i, ids[i]]), abs=1e-5)
-        assert [token for token, _ in entry.top] == expected[i].topk(2).indices.tolist()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -18,13 +18,15 @@ from server.engine import (
     GenerationRequest,
     ModelRunner,
     SamplingParams,
+    TokenLogprob,
     sampling,
 )
 from server.engine import loop as loop_module
-from server.engine.batch import with_tokens
+from server.engine.batch import PromptLogprobs, PromptRows, with_tokens
 from tests.engine.recorded_graph import SYNCS
 from tests.engine.wishes import Wish, assert_equal, random_wish, run_wishes
 from tests.engine_driver import Driver, FixedLease, Outcome
+from tests.stand_in_device import AwayTensor, StandInDevice
 from tests.tiny_models import VOCABULARY, tiny_model
 
 BLOCK = 4
@@ -153,6 +155,40 @@ def test_drawing_asks_the_device_for_nothing_and_chooses_the_same(monkeypatch: p
         drawn = sampling.draw(logits, requests)
     assert drawn.read() == wanted
     assert drawn.tokens.tolist() == [each.token_id for each in wanted]
+
+
+def test_log_probabilities_of_prompts_ask_the_device_for_nothing_either() -> None:
+    requests, rows = [], []
+    for number, length in enumerate((1 + 70, 1 + 4, 1 + 3)):
+        ids = [random.randrange(VOCABULARY) for _ in range(length)]
+        params = SamplingParams(max_new_tokens=1, num_top_logprobs=number)
+        requests.append(GenerationRequest(str(number), ids, params, lambda _: None))
+        start = rows[-1].stop if rows else 0
+        rows.append(PromptRows(requests[-1], 0, start, start + length - 1))
+    known = TokenLogprob(requests[1].prompt_ids[1], -7.0)  # from before a preemption
+    requests[1].prompt_logprobs = [known]
+    requests[2].is_finished = True
+    logits = torch.randn(rows[-1].stop, VOCABULARY)
+    device = StandInDevice()
+    with device:
+        PromptLogprobs(AwayTensor(logits), rows)
+    assert device.num_in_the_way
+    assert not device.to_host
+    with _NoQuestions():
+        prompts = PromptLogprobs(logits, rows)
+    assert not requests[0].prompt_logprobs
+    prompts.note()
+    wanted = logits.log_softmax(-1)
+    for request, own in zip(requests[:2], rows[:2], strict=True):
+        assert [each.token_id for each in request.prompt_logprobs] == request.prompt_ids[1:]
+        for row, found in enumerate(request.prompt_logprobs, own.start):
+            if found is not known:
+                best = wanted[row].topk(request.sampling.num_top_logprobs)
+                assert found.logprob == pytest.approx(float(wanted[row, found.token_id]), abs=1e-5)
+                assert [token for token, _ in found.top] == best.indices.tolist()
+                assert [value for _, value in found.top] == pytest.approx(best.values.tolist(), abs=1e-5)
+    assert requests[1].prompt_logprobs[0] is known
+    assert not requests[2].prompt_logprobs
 
 
 def test_tokens_that_are_on_their_way_are_filled_in() -> None:

@@ -202,6 +202,22 @@ def test_recorded_steps_ahead_give_the_same_tokens(monkeypatch: pytest.MonkeyPat
     assert pair.runners[1].graphs.num_replays
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_probabilities_of_prompts_are_read_with_the_tokens(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch waits for nothing; what is waited for is what a step gave, once a step."""
+    pair = make_pair(kind, monkeypatch)
+    count, max_new = (16, 12) if kind == "late" else (4, 4)
+    wishes = [
+        replace(wish, sampling=replace(wish.sampling, prompt_logprobs=number % 4 > 0))
+        for number, wish in enumerate(_wishes(count, is_simple=True, max_new=max_new))
+    ]
+    engine, device, _ = pair.run(wishes, monkeypatch)
+    assert device.num_late_prompts
+    assert not device.num_waits_at_launch
+    assert 0 < device.num_waits <= engine.stats.num_steps
+    assert engine.stats.num_steps_ahead > engine.stats.num_steps // 2
+
+
 class CancelledLease(LibraryLease):
     """Its request is cancelled while the first part of its prompt is under way."""
 

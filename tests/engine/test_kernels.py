@@ -78,33 +78,43 @@ def _groups(spans: list[Span]) -> list[AttentionGroup]:
     return groups
 
 
-@pytest.mark.parametrize("value_dim", [8, 12])
+# Rounded are what is multiplied with the values, and the sums: each by half of this, of numbers around one.
+ERRORS = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value_dim"), [(torch.float32, 8), (torch.float32, 12), (torch.bfloat16, 12), (torch.float16, 12)]
+)
 @pytest.mark.parametrize("kind", CALLS)
-def test_attention_agrees_with_the_reference(kind: str, value_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_agrees_with_the_reference(
+    kind: str, dtype: torch.dtype, value_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference computes in float32, with the same numbers."""
     monkeypatch.setattr(device_attention, "BUSY_PROGRAMS", random.choice([1, 24, 64]))
     num_kv_heads, group_size, dim = 2, random.choice([1, 3, 4]), 8
     heads = num_kv_heads * group_size
     spans, num_blocks = _sequences([(0, 1), (9, 1), (random.randint(60, 90), 1), (0, 5), (6, 18)])
     shape = LayerShape(num_kv_heads, dim, value_dim)
-    caches = [KVCache([shape], num_blocks, BLOCK, dtype=torch.float32, device=DEVICE) for _ in range(2)]
-    for pool, other in zip(*(cache._pools[0] for cache in caches), strict=True):
+    exact, cache = (KVCache([shape], num_blocks, BLOCK, dtype=d, device=DEVICE) for d in (torch.float32, dtype))
+    for pool, wide in zip(cache._pools[0], exact._pools[0], strict=True):
         pool[:, 1:].normal_()
-        other.copy_(pool)
+        wide.copy_(pool)
     num_tokens = sum(span.num_tokens for span in spans)
-    query = torch.randn(num_tokens, heads, dim, device=DEVICE)
-    key = torch.randn(num_tokens, num_kv_heads, dim, device=DEVICE)
-    value = torch.randn(num_tokens, num_kv_heads, value_dim, device=DEVICE)
+    query, key, value = (
+        torch.randn(num_tokens, *own, device=DEVICE).to(dtype)
+        for own in ((heads, dim), (num_kv_heads, dim), (num_kv_heads, value_dim))
+    )
     options = dict(CALLS[kind])
-    if "sinks" in options:
-        options["sinks"] = torch.randn(heads, device=DEVICE)
-    call = AttentionCall(0, dim**-0.5, **options)
+    sinks = torch.randn(heads, device=DEVICE).to(dtype) if options.pop("sinks", False) else None
     positions = torch.tensor(_positions(spans), device=DEVICE)
-    wanted = PagedAttention(caches[0], positions, _groups(spans)).attend(call, query, key, value)
+    call = AttentionCall(0, dim**-0.5, sinks=None if sinks is None else sinks.float(), **options)
+    wanted = PagedAttention(exact, positions, _groups(spans)).attend(call, query.float(), key.float(), value.float())
     plan = AttentionPlan.of(spans, num_kv_heads, BLOCK, DEVICE)
-    out = DeviceAttention(caches[1], positions, plan).attend(call, query, key, value)
-    torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
-    for pool, other in zip(*(cache._pools[0] for cache in caches), strict=True):
-        assert torch.equal(pool, other)
+    out = DeviceAttention(cache, positions, plan).attend(replace(call, sinks=sinks), query, key, value)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), wanted, rtol=max(ERRORS[dtype], 1e-4), atol=ERRORS[dtype])
+    for pool, wide in zip(cache._pools[0], exact._pools[0], strict=True):
+        assert torch.equal(pool.float(), wide)
 
 
 def test_launch_parameters_are_measured_before_anything_is_served(

@@ -274,7 +274,8 @@ def test_a_device_without_kernels_is_named() -> None:
     assert caught.value.code == "quantization_unsupported"
 
 
-def test_full_precision_needs_no_options() -> None:
+def test_full_precision_needs_no_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda wanted: object())
     assert loading_options(SimpleNamespace(), Quantization(), dtype=torch.float32, device=CPU) == {}
     config = SimpleNamespace(quantization_config={"quant_method": "gptq"})
     assert checkpoint_quantization(config) == "gptq"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from server.engine import EngineLoop, GenerationRequest, SamplingParams, Token
+from server.engine import EngineLoop, GenerationRequest, SamplingParams, Token, TokenLogprob
 from tests.engine_driver import Driver, FixedLease, Outcome
 from tests.tiny_models import VOCABULARY
 
@@ -65,7 +65,7 @@ def random_wish(
     weights: Sequence[dict[int, float]] = WEIGHTS,
 ) -> Wish:
     """A simple one asks for nothing that has to be read before the next step."""
-    kind = "plain" if is_simple else random.choice(["plain", "grammar", "penalty", "prompt"])
+    kind = random.choice(["plain", "plain", "prompt"] if is_simple else ["plain", "grammar", "penalty", "prompt"])
     options: dict[str, Any] = {"seed": random.randrange(1 << 40)}
     if random.random() < 0.6:
         options |= {"temperature": random.uniform(0.5, 2), "top_p": random.choice([1, 0.9]), "min_p": 0.01}
@@ -118,6 +118,9 @@ def run_wishes(
     outcomes = driver.wait()
     engine.close()
     assert all(lease.num_releases == 1 for lease in leases)
+    for wish, outcome in zip(wishes, outcomes, strict=True):
+        if wish.sampling.prompt_logprobs and outcome.tokens:
+            assert [each.token_id for each in outcome.prompt_logprobs] == wish.prompt[1:]
     return outcomes
 
 
@@ -140,3 +143,12 @@ def assert_equal(ahead: list[Outcome], plain: list[Outcome]) -> None:
         assert own.text == theirs.text, row
         assert own.terminal == theirs.terminal, row
         assert own.logprobs == pytest.approx(theirs.logprobs, abs=1e-3), row
+        if own.tokens:  # else it may have been cancelled in the midst of its prompt
+            assert_equal_prompts(own.prompt_logprobs, theirs.prompt_logprobs)
+
+
+def assert_equal_prompts(found: Sequence[TokenLogprob], wanted: Sequence[TokenLogprob]) -> None:
+    assert [each.token_id for each in found] == [each.token_id for each in wanted]
+    assert [each.logprob for each in found] == pytest.approx([each.logprob for each in wanted], abs=1e-3)
+    for each, other in zip(found, wanted, strict=True):
+        assert [value for _, value in each.top] == pytest.approx([value for _, value in other.top], abs=1e-3)

@@ -2,7 +2,11 @@
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from torch import Tensor, nn
 from lora_core import DeviceModelSlots, LoraLinear, Router, attach_slots, flatten_parts
 from lora_core.device_slots import DeviceSlots
 from lora_core.maths import Folded
+from lora_core.transfer import DirectCopies, DirectWork, copies_for, side_work_for
 
 CPU = torch.device("cpu")
 SIZES = (6, 9, 33)
@@ -131,3 +136,75 @@ def test_what_a_plan_of_fixed_size_cannot_follow() -> None:
     assert not bank.can_plan([0], 64)
     assert bank.can_plan([0], 65)
     assert not bank.can_plan([0, 1], 65)
+
+
+@dataclass
+class FakeStreams:
+    """In the place of CUDA's streams: which one is current, and what was asked of them, in order."""
+
+    current: str = "steps"
+    log: list[str] = field(default_factory=list)
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(torch.cuda, "Stream", lambda device: self.stream(f"side {device}"))
+        patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(name=self.current))
+        patch.setattr(torch.cuda, "stream", self.use)
+        patch.setattr(torch.cuda, "Event", self.event)
+
+    def stream(self, name: str) -> Any:
+        def wait_stream(other: Any) -> None:
+            self.log.append(f"{name} waits for {other.name}")
+
+        return SimpleNamespace(name=name, wait_stream=wait_stream)
+
+    @contextmanager
+    def use(self, stream: Any) -> Iterator[None]:
+        before, self.current = self.current, stream.name
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def event(self, *, blocking: bool) -> Any:
+        assert blocking  # a thread that spins takes a core from the engine's
+        marks: list[str] = []
+
+        def record(stream: Any) -> None:
+            marks.append(f"{stream.name} after {len(self.log)}")
+
+        def synchronize() -> None:
+            self.log.append(f"the host waits for {marks[0]}")
+
+        return SimpleNamespace(record=record, synchronize=synchronize)
+
+
+def test_work_and_copies_run_on_a_stream_of_their_own_and_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda:1")
+    streams = FakeStreams()
+    streams.install(monkeypatch)
+    work = side_work_for(device)
+    behind = "side cuda:1 waits for steps"
+    assert streams.log == [behind]  # the weights may still be on their way
+    with work.begin():
+        streams.log.append(f"norms on {streams.current}")
+    assert streams.current == "steps"
+    assert streams.log == [behind, "norms on side cuda:1", "the host waits for side cuda:1 after 2"]
+    with pytest.raises(ValueError, match="no such weight"), work.begin():
+        raise ValueError("no such weight")
+    assert streams.current == "steps"
+
+    streams.log.clear()
+    copies = copies_for(device)
+    source, target = torch.randn(3), torch.zeros(3)
+    copies.copy(target, source)
+    assert torch.equal(target, source)
+    copies.finish()
+    assert streams.log == [behind, "the host waits for side cuda:1 after 1"]
+    assert streams.current == "steps"
+
+
+def test_the_host_computes_at_once() -> None:
+    assert isinstance(side_work_for(CPU), DirectWork)
+    assert isinstance(copies_for(CPU), DirectCopies)
+    with side_work_for(CPU).begin():
+        assert torch.ones(2).sum() == 2
