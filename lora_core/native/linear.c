@@ -3,8 +3,8 @@
 // W [O, I] lies as [O / PANEL, I, PANEL]: what a tile reads is one stream. Two columns of a panel are VL apart in
 // memory order where T is bfloat16, so that a float's upper half is one and its lower half the other
 // (`lora_core/native/__init__.py` packs).
+#include "scratch.h"
 #include "vector.h"
-#include <stdlib.h>
 
 #define BLOCK_ROWS (8 * MAX_TILE) // rows whose floats stay in the second-level cache
 #define MIN_WORK 100000           // multiplications below which a second thread does not pay
@@ -142,21 +142,6 @@ INLINE void spread_rows(const T *x, int64_t ldx, int64_t start, int64_t rows, in
     }
 }
 
-typedef struct {
-    float *floats;
-    int64_t size;
-} Scratch;
-
-// Room for n floats, kept; null if there is no memory.
-static float *room(Scratch *scratch, int64_t n) {
-    if (scratch->size < n) {
-        free(scratch->floats);
-        scratch->floats = aligned_alloc(64, (n * sizeof(float) + 63) / 64 * 64);
-        scratch->size = scratch->floats ? n : 0;
-    }
-    return scratch->floats;
-}
-
 static __thread Scratch row_scratch, panel_scratch;
 
 // Panels that one thread takes at a time, of P.
@@ -164,7 +149,7 @@ INLINE int64_t panels_at_once(int64_t P) { return P / 32 > 4 ? P / 32 / 4 * 4 : 
 
 // x [M, I] with rows `ldx` apart, bias [O] or null, y [M, O]. Not 0 if there is no memory.
 int linear(const T *x, int64_t ldx, const T *w, const T *bias, T *y, int64_t M, int64_t I, int64_t O) {
-    float *own = room(&row_scratch, BLOCK_ROWS * I);
+    float *own = room(&row_scratch, BLOCK_ROWS * I * sizeof(float));
     if (!own)
         return 1;
     int64_t P = (O + PANEL - 1) / PANEL, at_once = panels_at_once(P);
@@ -277,12 +262,12 @@ static void panels_int4(int64_t rows, const float *x, const uint8_t *codes, cons
 // As `linear`, I a multiple of GROUP.
 int linear_int4(const T *x, int64_t ldx, const uint8_t *codes, const T *scales, const T *bias, T *y, int64_t M,
                 int64_t I, int64_t O) {
-    float *own = room(&row_scratch, BLOCK_ROWS * I);
+    float *own = room(&row_scratch, BLOCK_ROWS * I * sizeof(float));
     int failed = !own;
     int64_t P = (O + PANEL - 1) / PANEL, at_once = panels_at_once(P);
 #pragma omp parallel if (M * I * O > MIN_WORK) reduction(| : failed)
     {
-        float *wide = room(&panel_scratch, I * PANEL);
+        float *wide = room(&panel_scratch, I * PANEL * sizeof(float));
         failed |= !wide;
         for (int64_t start = 0; start < M; start += BLOCK_ROWS) {
             int64_t rows = M - start < BLOCK_ROWS ? M - start : BLOCK_ROWS;

@@ -2,8 +2,8 @@
 //
 // Rows that want the same are a group. Each adapter's numbers are read once, where they lie in the arenas, for all rows
 // that want it; no row reads another's. Between the two products a row has ΣR floats for each layer.
+#include "scratch.h"
 #include "vector.h"
-#include <stdlib.h>
 
 #define CHUNK_ROWS 64  // rows that one thread takes at a time
 #define RANK_BLOCK 8   // rank rows, likewise
@@ -239,102 +239,129 @@ static int64_t strip_of(int64_t num_columns) {
     return ((num_columns + units - 1) / units + PANEL - 1) / PANEL * PANEL;
 }
 
-// Scratch of the calling thread, kept; null if there is no memory.
-static char *scratch(int64_t bytes) {
-    static __thread char *kept;
-    static __thread int64_t size;
-    if (size < bytes) {
-        free(kept);
-        size = (bytes + bytes / 4 + 63) / 64 * 64;
-        kept = aligned_alloc(64, size);
-        if (!kept)
-            size = 0;
+typedef struct {
+    const Plan *plan;
+    const Layer *layers;
+    int64_t num_layers, num_blocks, num_ranks; // blocks of rank rows, and rank rows, of all layers' adapters
+    const Shrunk *shrunk;
+    float *x; // [num_rows, I], in the order of `rows`
+    int64_t I;
+    const T *base_bias; // [ΣO] or null
+    T *y;
+    int64_t ldy;
+} Call;
+
+INLINE int64_t blocks_of(const Extent *extent) { return (extent->rank + RANK_BLOCK - 1) / RANK_BLOCK; }
+
+// A group's rows that are in a chunk: [*first, *stop).
+INLINE void rows_in_chunk(const Plan *plan, int64_t group, int64_t chunk, int64_t *first, int64_t *stop) {
+    int64_t start = plan->groups[2 * group], end = plan->groups[2 * group + 2];
+    *first = start < chunk * CHUNK_ROWS ? chunk * CHUNK_ROWS : start;
+    *stop = end < (chunk + 1) * CHUNK_ROWS ? end : (chunk + 1) * CHUNK_ROWS;
+}
+
+// One block of rank rows, counted through all layers' adapters, for the rows of a chunk that want it.
+static void shrink_block(const Call *call, int64_t block, int64_t chunk) {
+    const Plan *plan = call->plan;
+    int64_t K = plan->num_adapters, m = 0, k = 0, first, stop;
+    const Extent *own = plan->extents;
+    for (; block >= blocks_of(own); own = plan->extents + m * K + k) {
+        block -= blocks_of(own);
+        m += ++k == K;
+        k %= K;
     }
-    return kept;
+    int64_t r = block * RANK_BLOCK, ranks = own->rank - r < RANK_BLOCK ? own->rank - r : RANK_BLOCK;
+    const T *a = call->layers[m].a + (own->start + r) * call->I;
+    const Shrunk *shrunk = call->shrunk + m;
+    for (int64_t g = 0; g < plan->num_groups; g++) {
+        rows_in_chunk(plan, g, chunk, &first, &stop);
+        if (first >= stop)
+            continue;
+        float *h = shrunk->begin[g] + (first - plan->groups[2 * g]) * shrunk->width[g] + r;
+        for (int32_t e = plan->groups[2 * g + 1]; e < plan->groups[2 * g + 3]; e++)
+            if (plan->entries[e] == k)
+                shrink(stop - first, ranks, call->x + first * call->I, call->I, a, plan->weights[e],
+                       h + shrunk->place[e], shrunk->width[g]);
+    }
+}
+
+// A layer's columns [column, column + strip) for the rows of a chunk.
+static void expand_strip(const Call *call, int64_t m, int64_t column, int64_t strip, int64_t chunk) {
+    const Plan *plan = call->plan;
+    const Layer *layer = call->layers + m;
+    int64_t stop = column + strip < layer->num_columns ? column + strip : layer->num_columns, end;
+    const T *base_bias = call->base_bias ? call->base_bias + layer->column : 0;
+    Tile tile = {plan, layer, plan->extents + m * plan->num_adapters, call->shrunk + m, base_bias, call->y, call->ldy, 0, 0};
+    for (tile.group = 0; tile.group < plan->num_groups; tile.group++) {
+        rows_in_chunk(plan, tile.group, chunk, &tile.first, &end);
+        for (; tile.first < end; tile.first += TILE)
+            expand(end - tile.first < TILE ? end - tile.first : TILE, &tile, column, stop);
+    }
+}
+
+// Lays out what the shrink products give; returns how many floats that is. With `shrunk` null it only counts.
+static int64_t lay_out(Call *call, Shrunk *shrunk, float *h) {
+    const Plan *plan = call->plan;
+    int64_t K = plan->num_adapters, total = 0;
+    call->num_blocks = call->num_ranks = 0;
+    for (int64_t m = 0; m < call->num_layers; m++) {
+        const Extent *extents = plan->extents + m * K;
+        for (int64_t k = 0; k < K; k++) {
+            call->num_ranks += extents[k].rank;
+            call->num_blocks += blocks_of(extents + k);
+        }
+        for (int64_t g = 0; g < plan->num_groups; g++) {
+            int64_t width = 0;
+            for (int32_t e = plan->groups[2 * g + 1]; e < plan->groups[2 * g + 3]; e++) {
+                if (shrunk)
+                    shrunk[m].place[e] = width;
+                width += extents[plan->entries[e]].rank;
+            }
+            if (shrunk) {
+                shrunk[m].begin[g] = h + total;
+                shrunk[m].width[g] = width;
+            }
+            total += (plan->groups[2 * g + 2] - plan->groups[2 * g]) * width;
+        }
+    }
+    return total;
 }
 
 // x [T, I] and y [T, ΣO] with rows ldx and ldy apart; base_bias [ΣO] or null. Not 0 if there is no memory.
 int lora(T *y, int64_t ldy, const T *x, int64_t ldx, int64_t I, const T *base_bias, const Layer *layers,
          int64_t num_layers, const Plan *plan) {
-    int64_t N = plan->num_rows, G = plan->num_groups, E = plan->num_entries, K = plan->num_adapters;
-    int64_t num_floats = N * I, num_columns = 0, num_ranks = 0, num_units = 0;
-    for (int64_t m = 0; m < num_layers; m++) {
-        num_columns += layers[m].num_columns;
-        for (int64_t k = 0; k < K; k++) {
-            num_ranks += plan->extents[m * K + k].rank;
-            num_units += (plan->extents[m * K + k].rank + RANK_BLOCK - 1) / RANK_BLOCK;
-        }
-        for (int64_t g = 0; g < G; g++)
-            for (int32_t e = plan->groups[2 * g + 1]; e < plan->groups[2 * g + 3]; e++)
-                num_floats += (plan->groups[2 * g + 2] - plan->groups[2 * g]) *
-                              plan->extents[m * K + plan->entries[e]].rank;
-    }
-    char *place = scratch(num_floats * sizeof(float) + num_layers * (2 * G + E) * sizeof(int64_t));
-    if (!place)
+    static __thread Scratch scratch;
+    Call call = {plan, layers, num_layers, 0, 0, 0, 0, I, base_bias, y, ldy};
+    int64_t N = plan->num_rows, G = plan->num_groups, books = 2 * G + plan->num_entries, num_columns = 0;
+    int64_t num_floats = N * I + lay_out(&call, 0, 0);
+    int64_t *numbers = room(&scratch, num_layers * books * sizeof(int64_t) + num_floats * sizeof(float));
+    if (!numbers)
         return 1;
-    float *floats = (float *)(place + num_layers * (2 * G + E) * sizeof(int64_t)), *h = floats + N * I;
     Shrunk shrunk[num_layers];
     for (int64_t m = 0; m < num_layers; m++) {
-        int64_t *numbers = (int64_t *)place + m * (2 * G + E);
-        shrunk[m] = (Shrunk){(float **)numbers, numbers + G, numbers + 2 * G};
-        for (int64_t g = 0; g < G; g++) {
-            int64_t width = 0;
-            for (int32_t e = plan->groups[2 * g + 1]; e < plan->groups[2 * g + 3]; e++) {
-                shrunk[m].place[e] = width;
-                width += plan->extents[m * K + plan->entries[e]].rank;
-            }
-            shrunk[m].begin[g] = h;
-            shrunk[m].width[g] = width;
-            h += (plan->groups[2 * g + 2] - plan->groups[2 * g]) * width;
-        }
+        int64_t *own = numbers + m * books;
+        shrunk[m] = (Shrunk){(float **)own, own + G, own + 2 * G};
+        num_columns += layers[m].num_columns;
     }
+    call.x = (float *)(numbers + num_layers * books);
+    call.shrunk = shrunk;
+    lay_out(&call, shrunk, call.x + N * I);
     int64_t chunks = (N + CHUNK_ROWS - 1) / CHUNK_ROWS;
-#pragma omp parallel if (num_ranks * N * (I + num_columns) > MIN_WORK)
+#pragma omp parallel if (call.num_ranks * N * (I + num_columns) > MIN_WORK)
     {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < N; i++)
             for (int64_t k = 0; k < I; k++)
-                floats[i * I + k] = get(x + plan->rows[i] * ldx + k);
-        // A unit is a block of a layer's adapter's rank rows and a chunk of the rows; it takes the groups that want it.
+                call.x[i * I + k] = get(x + plan->rows[i] * ldx + k);
 #pragma omp for schedule(static)
-        for (int64_t u = 0; u < num_units * chunks; u++) {
-            int64_t m = 0, k = 0, left = u / chunks, c = u % chunks, blocks;
-            while (left >= (blocks = (plan->extents[m * K + k].rank + RANK_BLOCK - 1) / RANK_BLOCK)) {
-                left -= blocks;
-                m += ++k == K;
-                k %= K;
-            }
-            const Extent *own = plan->extents + m * K + k;
-            int64_t r = left * RANK_BLOCK, ranks = own->rank - r < RANK_BLOCK ? own->rank - r : RANK_BLOCK;
-            for (int64_t g = 0; g < G; g++) {
-                int64_t start = plan->groups[2 * g], stop = plan->groups[2 * g + 2], width = shrunk[m].width[g];
-                int64_t first = start < c * CHUNK_ROWS ? c * CHUNK_ROWS : start;
-                int64_t end = stop < (c + 1) * CHUNK_ROWS ? stop : (c + 1) * CHUNK_ROWS;
-                float *out = shrunk[m].begin[g] + (first - start) * width + r;
-                for (int32_t e = plan->groups[2 * g + 1]; first < end && e < plan->groups[2 * g + 3]; e++)
-                    if (plan->entries[e] == k)
-                        shrink(end - first, ranks, floats + first * I, I, layers[m].a + (own->start + r) * I,
-                               plan->weights[e], out + shrunk[m].place[e], width);
-            }
-        }
+        for (int64_t u = 0; u < call.num_blocks * chunks; u++)
+            shrink_block(&call, u / chunks, u % chunks);
         for (int64_t m = 0; m < num_layers; m++) {
-            const Layer *layer = layers + m;
-            int64_t strip = strip_of(layer->num_columns);
+            int64_t strip = strip_of(layers[m].num_columns);
 #pragma omp for schedule(static) collapse(2) nowait
-            for (int64_t column = 0; column < layer->num_columns; column += strip)
-                for (int64_t c = 0; c < chunks; c++) {
-                    int64_t stop = column + strip < layer->num_columns ? column + strip : layer->num_columns;
-                    Tile tile = {plan, layer, plan->extents + m * K, shrunk + m,
-                                 base_bias ? base_bias + layer->column : 0, y, ldy, 0, 0};
-                    for (int64_t g = 0; g < G; g++) {
-                        int64_t first = plan->groups[2 * g], end = plan->groups[2 * g + 2];
-                        first = first < c * CHUNK_ROWS ? c * CHUNK_ROWS : first;
-                        end = end < (c + 1) * CHUNK_ROWS ? end : (c + 1) * CHUNK_ROWS;
-                        tile.group = g;
-                        for (tile.first = first; tile.first < end; tile.first += TILE)
-                            expand(end - tile.first < TILE ? end - tile.first : TILE, &tile, column, stop);
-                    }
-                }
+            for (int64_t column = 0; column < layers[m].num_columns; column += strip)
+                for (int64_t c = 0; c < chunks; c++)
+                    expand_strip(&call, m, column, strip, c);
         }
     }
     return 0;

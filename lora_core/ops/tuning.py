@@ -2,7 +2,8 @@
 
 One parameter after another is tried while the others stay as they are (coordinate descent), from a default that is
 right everywhere; what was found is kept in a file for the next start. The file's name says for which device and which
-version of Triton it is, its keys for which kernel (as its source was), shapes and dtype.
+version of Triton it is, its keys for which kernel (as its source was), shapes and dtype. What asks for more shared
+memory than the device has is not tried: a bound of it is known before anything is compiled.
 """
 
 import hashlib
@@ -24,12 +25,14 @@ from lora_core.maths import Folded
 from lora_core.ops.plan import NUM_ENTRIES, RANKS, RoutePlan, Tile, bucket_of
 from lora_core.transfer import DirectCopies
 
-__all__ = ["Tuner", "source_digest", "tune_adapters", "tuner_for"]
+__all__ = ["Tuner", "expand_bytes", "num_buffers", "shrink_bytes", "source_digest", "tune_adapters", "tuner_for"]
 
 Config = TypeVar("Config")
 SHRINK_OPTIONS = {"block_k": (64, 128, 256), "split_k": (1, 2, 4, 8, 16), "num_warps": (2, 4, 8), "num_stages": (2, 4)}
 EXPAND_OPTIONS = {"block_o": (32, 64, 128, 256), "num_warps": (2, 4, 8), "num_stages": (2, 4)}
 REPEATS = 20
+# Of shared memory, that one program may have on the smallest GPUs that are served (compute capability 8.9).
+SMALLEST_SHARED_BYTES = 99 << 10
 
 
 class Tuner:
@@ -38,14 +41,21 @@ class Tuner:
     Args:
         path: where they are kept; a file that cannot be read counts as none.
         time_s: seconds that a call takes on the device; infinity if it cannot be run.
+        max_shared_bytes: that one program may have.
 
     Attributes:
         num_measured: calls that were measured.
     """
 
-    def __init__(self, path: Path, time_s: Callable[[Callable[[], object]], float]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        time_s: Callable[[Callable[[], object]], float],
+        max_shared_bytes: int = SMALLEST_SHARED_BYTES,
+    ) -> None:
         self._path = path
         self._time_s = time_s
+        self.max_shared_bytes = max_shared_bytes
         self.num_measured = 0
         try:
             found = json.loads(path.read_text())
@@ -54,13 +64,19 @@ class Tuner:
         self._known: dict[str, Any] = found if isinstance(found, dict) else {}
 
     def best(
-        self, key: str, start: Config, options: Mapping[str, Sequence[int]], run: Callable[[Config], object]
+        self,
+        key: str,
+        start: Config,
+        options: Mapping[str, Sequence[int]],
+        run: Callable[[Config], object],
+        shared_bytes: Callable[[Config], int] = lambda _: 0,
     ) -> Config:
         """The parameters, a dataclass of whole numbers, with which `run` is fastest.
 
         Args:
             key: of the kernel, its shapes and dtype.
             options: values to try, by field.
+            shared_bytes: what a call takes at most; one that has more than there is, but for `start`, is not tried.
         """
         fields = asdict(start)  # type: ignore[call-overload]
         known = self._known.get(key)
@@ -68,13 +84,17 @@ class Tuner:
             # Not whatever a file says: what would not have been tried may not even compile.
             allowed = {name: {fields[name], *options.get(name, ())} for name in fields}
             if all(type(value) is int and value in allowed[name] for name, value in known.items()):
-                return type(start)(**known)
+                found = type(start)(**known)
+                if found == start or shared_bytes(found) <= self.max_shared_bytes:
+                    return found
         best, best_s = start, self._measure(run, start)
         for name, values in options.items():
             for value in values:
                 if value == getattr(best, name):
                     continue
                 tried = replace(best, **{name: value})  # type: ignore[type-var]
+                if shared_bytes(tried) > self.max_shared_bytes:
+                    continue
                 seconds = self._measure(run, tried)
                 if seconds < best_s:
                     best, best_s = tried, seconds
@@ -104,7 +124,30 @@ def tuner_for(folder: Path, device: torch.device) -> Tuner:
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     file = re.sub(r"[^A-Za-z0-9.]+", "-", f"{name}-triton-{triton.__version__}") + ".json"
-    return Tuner(folder / file, _cuda_time_s if device.type == "cuda" else _wall_time_s)
+    if device.type != "cuda":
+        return Tuner(folder / file, _wall_time_s)
+    from triton.compiler import max_shared_mem  # noqa: PLC0415 - optional
+
+    number = torch.cuda.current_device() if device.index is None else device.index
+    return Tuner(folder / file, _cuda_time_s, max_shared_mem(number))
+
+
+def num_buffers(num_stages: int, num_rows: int) -> int:
+    """Of what a product reads: one stage's is in registers, but for Hopper's products of 64 rows and more."""
+    return num_stages if num_rows >= 64 else num_stages - 1
+
+
+def shrink_bytes(config: Any, tile_tokens: int, itemsize: int) -> int:
+    """At most so much shared memory takes a `ShrinkConfig`: parts of x and of a."""
+    parts = config.block_k * (tile_tokens + config.block_r) * itemsize
+    return int(num_buffers(config.num_stages, tile_tokens) * parts)
+
+
+def expand_bytes(config: Any, splits: int, tile_tokens: int, itemsize: int) -> int:
+    """Of an `ExpandConfig`: parts of b, all splits of h's, and their sum."""
+    h_part, b_part = tile_tokens * config.block_r * 4, config.block_r * config.block_o * itemsize
+    buffers = num_buffers(config.num_stages, tile_tokens)
+    return int(buffers * b_part + (config.num_stages - 1) * splits * h_part + h_part)
 
 
 def _cuda_time_s(run: Callable[[], object]) -> float:
@@ -209,8 +252,19 @@ class _TrialLayers:
         start = kernels.LaunchConfigs.default(plan, layers, rank, x.element_size())
         shape = f"{layers.in_features} to {layers.out_features}, {self._dtype}"
         key = f"{source_digest(kernels)} {shape}, rank {rank}, {num_entries} of {tile_tokens}"
+        itemsize = x.element_size()
+
+        def both_bytes(config: Any) -> int:
+            """With the other kernel's, which shares the splits: there must be one that fits."""
+            other = expand_bytes(start.expand, config.split_k, tile_tokens, itemsize)
+            return max(shrink_bytes(config, tile_tokens, itemsize), other)
+
         shrink = tuner.best(
-            f"shrink {key}", start.shrink, SHRINK_OPTIONS, lambda config: kernels.shrink(x, layers, plan, rank, config)
+            f"shrink {key}",
+            start.shrink,
+            SHRINK_OPTIONS,
+            lambda config: kernels.shrink(x, layers, plan, rank, config),
+            both_bytes,
         )
         h = kernels.shrink(x, layers, plan, rank, shrink)
         expand = tuner.best(
@@ -218,5 +272,6 @@ class _TrialLayers:
             start.expand,
             EXPAND_OPTIONS,
             lambda config: kernels.expand(y, h, layers, plan, None, config),
+            lambda config: expand_bytes(config, shrink.split_k, tile_tokens, itemsize),
         )
         return kernels.LaunchConfigs(shrink, expand)

@@ -34,3 +34,11 @@ def test_serving_needs_no_variant_that_was_not_compiled_before(architecture: str
     assert int(warm.split()[0]) > 20
     late = [line for line in lines if " while serving: " in line]
     assert late == ["0 while serving: Counter()"], "\n".join(lines)
+
+
+@pytest.mark.slow
+def test_what_tuning_tries_fits_the_bound_that_it_goes_by(tmp_path: Path) -> None:
+    lines = _run("tests.engine.compile_candidates", "4", cache=tmp_path)
+    print("\n".join(lines))
+    assert len([line for line in lines if line.startswith("fits: ")]) == 3 * 3 * 4
+    assert not [line for line in lines if line.startswith("FAULT")]

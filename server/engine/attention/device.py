@@ -179,5 +179,6 @@ def _tune_spans(tuner: Tuner, cache: KVCache, spans: Sequence[Span], num_heads: 
     digest = source_digest(kernels)
     name = f"attend {digest} {key}, {shape.num_kv_heads} heads, {keys.dtype}, blocks of {cache.block_size}"
     rows = kernels.num_rows(*key[:2])
-    start = kernels.AttendConfig.default(out.element_size(), rows, shape.key_dim, shape.value_dim)
-    return key, tuner.best(name, start, ATTEND_OPTIONS, run)
+    sizes = out.element_size(), rows, shape.key_dim, shape.value_dim
+    start = kernels.AttendConfig.default(*sizes)
+    return key, tuner.best(name, start, ATTEND_OPTIONS, run, lambda config: config.shared_bytes(*sizes))

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.ops.triton import is_interpreted
+from lora_core.ops.tuning import num_buffers
 from server.engine.attention.interface import AttentionCall
 
 __all__ = ["AttendConfig", "Tiles", "attend", "num_rows", "store"]
@@ -51,6 +52,13 @@ class AttendConfig:
         room = min(STAGES_BYTES, SHARED_BYTES - itemsize * num_rows * _block(dim))
         num_keys = 1 << max(4, (room // row_bytes).bit_length() - 1)
         return cls(min(BLOCK_KEYS, num_keys), 4 if num_rows * _block(value_dim) <= WARP_SUMS else 8, num_stages)
+
+    def shared_bytes(self, itemsize: int, num_rows: int, dim: int, value_dim: int) -> int:
+        """At most so much shared memory takes a program: queries, keys and values, scores as the values' dtype has
+        them, and what the warps tell each other of rows."""
+        rows = num_rows * (_block(dim) * itemsize + self.block_keys * itemsize + 4 * self.num_warps)
+        keys = self.block_keys * (_block(dim) + _block(value_dim)) * itemsize
+        return rows + num_buffers(self.num_stages, num_rows) * keys
 
 
 @dataclass(frozen=True, slots=True)
