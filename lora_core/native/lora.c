@@ -226,7 +226,9 @@ static void expand(int64_t rows, const Tile *t, int64_t column, int64_t stop) {
             CASE(3)
             CASE(4)
             CASE(5)
+#if MAX_TILE > 5
             CASE(6)
+#endif
         }
     }
     for (int64_t c = column; c < stop; c += VL)
