@@ -13,7 +13,7 @@ from lora_core import native
 
 __all__ = ["native_kind", "without_native"]
 
-WIDE = ("-DWIDE", "-O1", "-Wno-psabi")
+WIDE = ("-DWIDE", "-O0", "-Wno-psabi")
 
 
 @functools.cache
