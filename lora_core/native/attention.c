@@ -3,7 +3,7 @@
 // A unit of work is a key head and some rows, a row being one query head of one token. Keys are taken in chunks of whole
 // blocks, so that a row's sums have one order, whether its token is one of a prompt or decodes. In a block keys lie
 // transposed, [dim, block_size]: scores of neighbouring keys are neighbours in a vector.
-#include "vector.h"
+#include "product.h"
 #include <math.h>
 #include <stdlib.h>
 
@@ -56,38 +56,6 @@ static void write_token(const Attention *a, int64_t token) {
         memcpy(a->values + head * a->values_head + a->positions[token] * a->value_dim,
                a->value + token * a->value_stride + head * a->value_dim, a->value_dim * sizeof(T));
     }
-}
-
-// out [rows, n] (+)= x [rows, size] · numbers [size, ld], for up to `parts` vectors of columns, n of them in the last.
-// Lines of `next`, which is wanted after `numbers` and lies as it does, are fetched meanwhile.
-INLINE void product(int rows, int parts, int n, int is_sum, const float *x, int64_t ldx, const T *numbers, int64_t ld,
-                    int64_t size, const T *next, float *out, int64_t ldo) {
-    vec sums[KEY_TILE][4];
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int c = 0; c < parts; c++)
-            sums[r][c] = is_sum ? load_float(out + r * ldo + c * VL) : all(0);
-    for (int64_t j = 0; j < size; j++) {
-        vec own[4];
-#pragma GCC unroll 4
-        for (int c = 0; c < parts; c++)
-            own[c] = load_part(numbers + j * ld + c * VL, n);
-        if (next)
-            __builtin_prefetch(next + j * ld);
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
-            vec factor = all(x[r * ldx + j]);
-#pragma GCC unroll 4
-            for (int c = 0; c < parts; c++)
-                sums[r][c] += factor * own[c];
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int c = 0; c < parts; c++)
-            store_float(out + r * ldo + c * VL, sums[r][c]);
 }
 
 // Some rows x all columns; `parts` vectors of them at a time.

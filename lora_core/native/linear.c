@@ -26,6 +26,14 @@ INLINE void load_panel(const void *w, int64_t place, int is_float, vec *low, vec
     *high = load_float((const float *)w + place + VL);
 }
 
+INLINE void clear(int rows, int parts, vec sums[MAX_TILE][8]) {
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int c = 0; c < parts; c++)
+            sums[r][c] = all(0);
+}
+
 // Sums of `rows` rows x `parts` vectors of columns, and the bias, into y.
 INLINE void finish(int rows, int parts, vec sums[MAX_TILE][8], const T *bias, T *y, int64_t O, int64_t column) {
     for (int c = 0; c < parts; c++) {
@@ -48,11 +56,7 @@ INLINE void finish(int rows, int parts, vec sums[MAX_TILE][8], const T *bias, T 
 INLINE void tile(int rows, int panels, const float *x, const void *w, int is_float, const T *bias, T *y, int64_t I,
                  int64_t O, int64_t column, const char *ahead, int64_t num_ahead) {
     vec sums[MAX_TILE][8];
-#pragma GCC unroll 12
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 8
-        for (int c = 0; c < 2 * panels; c++)
-            sums[r][c] = all(0);
+    clear(rows, 2 * panels, sums);
     int64_t fetch_every = num_ahead ? I * FETCH_BYTES / num_ahead : 0, next_fetch = num_ahead ? 0 : I;
     for (int64_t k = 0; k < I; k++) {
         vec low[4], high[4];
@@ -86,11 +90,7 @@ INLINE void tile(int rows, int panels, const float *x, const void *w, int is_flo
 INLINE void tile_of(int rows, const float *x, const void *w, int is_float, const T *bias, T *y, int64_t I, int64_t O,
                     int64_t column, const char *ahead, int64_t num_ahead) {
     switch (rows) {
-        CASE(1)
-        CASE(2)
-        CASE(3)
-        CASE(4)
-        CASE(5)
+        FOR_5_ROWS(CASE)
 #if MAX_TILE > 5
         CASE(6)
         CASE(7)
@@ -196,11 +196,7 @@ INLINE void load_pair(const uint8_t *codes, const Group *group, vec first[2], ve
 INLINE void tile_int4(int rows, int panels, const float *x, const uint8_t *codes, const T *scales, const T *bias, T *y,
                       int64_t I, int64_t O, int64_t column) {
     vec sums[MAX_TILE][8];
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 8
-        for (int c = 0; c < 2 * panels; c++)
-            sums[r][c] = all(0);
+    clear(rows, 2 * panels, sums);
     for (int64_t g = 0; g < I / GROUP; g++) {
         Group groups[2];
 #pragma GCC unroll 2

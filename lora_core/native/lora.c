@@ -2,8 +2,8 @@
 //
 // Rows that want the same are a group. Each adapter's numbers are read once, where they lie in the arenas, for all rows
 // that want it; no row reads another's. Between the two products a row has ΣR floats for each layer.
+#include "product.h"
 #include "scratch.h"
-#include "vector.h"
 
 #define CHUNK_ROWS 64  // rows that one thread takes at a time
 #define RANK_BLOCK 8   // rank rows, likewise
@@ -149,37 +149,7 @@ INLINE void finish(int64_t rows, const Tile *t, int64_t column, int n, const flo
     }
 }
 
-// sums [rows, VL · parts] += h [rows, ranks] · b [ranks, ...], of which n columns are there in each vector.
-INLINE void add(int rows, int parts, int ranks, const float *h, int64_t ldh, const T *b, int64_t ldb, float *sums,
-                int64_t ld, int n) {
-    vec own[TILE][2];
-#pragma GCC unroll 6
-    for (int i = 0; i < rows; i++)
-#pragma GCC unroll 2
-        for (int c = 0; c < parts; c++)
-            own[i][c] = load_float(sums + i * ld + c * VL);
-#pragma GCC unroll 8
-    for (int r = 0; r < ranks; r++) {
-        vec numbers[2];
-#pragma GCC unroll 2
-        for (int c = 0; c < parts; c++)
-            numbers[c] = load_part(b + r * ldb + c * VL, n);
-#pragma GCC unroll 6
-        for (int i = 0; i < rows; i++) {
-            vec x = all(h[i * ldh + r]);
-#pragma GCC unroll 2
-            for (int c = 0; c < parts; c++)
-                own[i][c] += x * numbers[c];
-        }
-    }
-#pragma GCC unroll 6
-    for (int i = 0; i < rows; i++)
-#pragma GCC unroll 2
-        for (int c = 0; c < parts; c++)
-            store_float(sums + i * ld + c * VL, own[i][c]);
-}
-
-// The same for columns [0, size): eight rank rows are eight streams, which the processor reads ahead of us.
+// sums [rows, size] += h [rows, rank] · b [rank, ...]. Eight rank rows are eight streams, read ahead of their use.
 INLINE void add_rows(int rows, int64_t rank, const float *h, int64_t ldh, const T *b, int64_t ldb, float *sums,
                      int64_t ld, int64_t size) {
     int64_t r = 0;
@@ -192,13 +162,13 @@ INLINE void add_rows(int rows, int64_t rank, const float *h, int64_t ldh, const 
 #pragma GCC unroll 8
                     for (int ahead = RANK_BLOCK; ahead < 2 * RANK_BLOCK; ahead++)
                         __builtin_prefetch(own + ahead * ldb + c);
-                add(rows, 2, RANK_BLOCK, h + r, ldh, own + c, ldb, sums + c, ld, VL);
+                product(rows, 2, VL, 1, h + r, ldh, own + c, ldb, RANK_BLOCK, 0, sums + c, ld);
             }
             for (; c < size; c += VL)
-                add(rows, 1, RANK_BLOCK, h + r, ldh, own + c, ldb, sums + c, ld, size - c < VL ? size - c : VL);
+                product(rows, 1, size - c < VL ? size - c : VL, 1, h + r, ldh, own + c, ldb, RANK_BLOCK, 0, sums + c, ld);
         } else {
             for (; c < size; c += VL)
-                add(rows, 1, 1, h + r, ldh, own + c, ldb, sums + c, ld, size - c < VL ? size - c : VL);
+                product(rows, 1, size - c < VL ? size - c : VL, 1, h + r, ldh, own + c, ldb, 1, 0, sums + c, ld);
         }
     }
 }
@@ -221,11 +191,7 @@ static void expand(int64_t rows, const Tile *t, int64_t column, int64_t stop) {
         const float *h = t->shrunk->begin[t->group] + (t->first - plan->groups[2 * t->group]) * width;
         h += t->shrunk->place[e];
         switch (rows) {
-            CASE(1)
-            CASE(2)
-            CASE(3)
-            CASE(4)
-            CASE(5)
+            FOR_5_ROWS(CASE)
 #if MAX_TILE > 5
             CASE(6)
 #endif

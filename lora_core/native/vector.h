@@ -18,6 +18,8 @@
 #define MAX_TILE 5 // 2 · 5 of 16, as two are read into and one holds a mask
 #endif
 #define PANEL (2 * VL) // a tile has whole panels of columns
+// A switch's cases for the numbers of rows that every processor's tiles have.
+#define FOR_5_ROWS(CASE) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5)
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(VL * 4)));

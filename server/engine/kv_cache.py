@@ -30,8 +30,9 @@ class KVCache:
     Heads come first, so that the blocks of some sequences are copied straight into the form in which a batched product
     takes them. Where keys and values are equally wide they are one tensor, written and read in one operation each.
 
-    The memory is reserved at once and touched as blocks come into use. A block is zeroed before it is read by a new
-    owner: attention multiplies what lies behind a sequence's end by zero, which is only zero if no NaN is left there.
+    The memory is reserved at once and touched as blocks come into use. `PagedAttention` has a block zeroed before it is
+    read by a new owner: it multiplies what lies behind a sequence's end by zero, which is only zero if no NaN is left
+    there. `NativeAttention` reads nothing behind the end, and keeps a block's keys transposed, [dim, block_size].
     """
 
     def __init__(
@@ -57,6 +58,12 @@ class KVCache:
             if layer.key_dim == layer.value_dim
             else (allocate(layer.num_kv_heads, layer.key_dim), allocate(layer.num_kv_heads, layer.value_dim))
             for layer in layers
+        ]
+        self._heads: list[tuple[Tensor, Tensor]] = [
+            (pools[0], pools[1])
+            if len(pools) == 2
+            else (pools[0][: len(pools[0]) // 2], pools[0][len(pools[0]) // 2 :])
+            for pools in self._pools
         ]
 
     @property
@@ -102,9 +109,7 @@ class KVCache:
 
     def heads(self, layer: int) -> tuple[Tensor, Tensor]:
         """The pools of a layer's keys and values themselves, each [num_kv_heads, num_blocks, block_size, dim]."""
-        pools = self._pools[layer]
-        keys, values = pools if len(pools) == 2 else pools[0].tensor_split(2)
-        return keys, values
+        return self._heads[layer]
 
     @property
     def num_bytes_per_token(self) -> int:
