@@ -9,6 +9,7 @@ Elsewhere PyTorch multiplies bfloat16 some twenty times as slowly as the process
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,14 +17,14 @@ from torch.nn import functional as F
 
 from lora_core.native.linear import NativeInt4Weight, NativeWeight
 
-__all__ = ["INT4_GROUP", "Int4Weight", "PackedWeight", "can_be_int4", "has_int4", "round_to_int4"]
+__all__ = ["INT4_GROUP", "Int4Weight", "PackedWeight", "can_be_int4", "has_amx", "has_int4", "round_to_int4"]
 
 # The kernels choose a layout for about so many rows; it serves other numbers nearly as well.
 TYPICAL_ROWS = 16
 PACKABLE = (torch.float32, torch.bfloat16)
 # Numbers along the input that share a scale and an offset in 4 bits.
 INT4_GROUP = 32
-# With more rows, reading 4 bits takes longer than reading 16.
+# With more rows oneDNN's products in bfloat16 are faster, where there are such.
 MAX_INT4_ROWS = 4
 
 
@@ -46,6 +47,11 @@ class PackedWeight:
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., I], bias [O] -> [..., O]."""
         return self._form(x, bias)
+
+    @property
+    def native(self) -> NativeWeight | None:
+        """What C multiplies by, if it does."""
+        return self._form if isinstance(self._form, NativeWeight) else None
 
     def unpack(self, rows: slice = slice(None)) -> Tensor:
         """The weight's rows [rows, I], bit for bit: a copy if it is packed, its own storage otherwise."""
@@ -86,11 +92,11 @@ class _OneDnnWeight:
 
 
 class Int4Weight:
-    """y = x·Wᵀ + b for one W [O, I] rounded to 4 bits: a few rows read 4 bits a weight.
+    """y = x·Wᵀ + b for one W [O, I] rounded to 4 bits.
 
-    A product of few rows takes as long as reading its weights; of many, as long as its arithmetic, which 4 bits do not
-    shorten. Where oneDNN multiplies bfloat16 many rows read its form of the same numbers, which is held too then:
-    1.3 times the bytes of that alone. Elsewhere C makes them floats on the way.
+    In C a row's inputs are rounded too, to 8 bits in groups of 32, and multiplied as whole numbers: with few rows
+    a product takes as long as reading its weights, with many as long as its arithmetic, and both are shorter so. With
+    AMX more than a few rows take less still in bfloat16, and read oneDNN's form of the same numbers, which is held too.
 
     Args:
         weight: [O, I]; see `can_be_int4`.
@@ -101,19 +107,23 @@ class Int4Weight:
     def __init__(self, weight: Tensor) -> None:
         codes, scale, middle = _int4_parts(weight)
         is_native = NativeWeight.can_hold(weight.dtype)
-        has_onednn = _OneDnnWeight.can_hold(weight.dtype)
         self._few: NativeInt4Weight | _TorchInt4Weight = (
             NativeInt4Weight(codes, scale.to(weight.dtype), middle.to(weight.dtype))
             if is_native
             else _TorchInt4Weight(codes, scale, middle, weight.dtype)
         )
-        self._many = None if is_native and not has_onednn else PackedWeight(round_to_int4(weight))
+        self._many = None if is_native and not has_amx() else PackedWeight(round_to_int4(weight))
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., I], bias [O] -> [..., O]."""
         if self._many is not None and x.numel() > MAX_INT4_ROWS * x.shape[-1]:
             return self._many(x, bias)
         return self._few(x, bias)
+
+    @property
+    def native(self) -> NativeInt4Weight | None:
+        """What C multiplies any number of rows by, if it does."""
+        return self._few if self._many is None and isinstance(self._few, NativeInt4Weight) else None
 
     def unpack(self, rows: slice = slice(None)) -> Tensor:
         """The rounded weight's rows [rows, I]."""
@@ -137,9 +147,18 @@ class _TorchInt4Weight:
 
 
 def has_int4() -> bool:
-    """This build of PyTorch has the operators that `Int4Weight` needs."""
+    """There is C for `Int4Weight`, or this build of PyTorch has the operators for it."""
     names = ("_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu")
-    return all(hasattr(torch.ops.aten, name) for name in names)
+    return NativeWeight.can_hold(torch.bfloat16) or all(hasattr(torch.ops.aten, name) for name in names)
+
+
+@functools.cache
+def has_amx() -> bool:
+    """The processor multiplies tiles of bfloat16."""
+    try:
+        return " amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
 
 
 def can_be_int4(weight: Tensor) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lora_core.device_slots import DeviceSlots, LayerKernels
 from lora_core.layer import LoraLinear, is_conv1d, linear_shape, linear_weight
+from lora_core.native.linear import NativeInt4Weight, NativeWeight
 from lora_core.ops.cpu import SplitGroup
 from lora_core.ops.kernels import KernelGroup
 from lora_core.ops.native import NativeGroup, can_be_native
@@ -90,16 +91,25 @@ class SharedLinears:
 
     def __call__(self, x: Tensor) -> Tensor:
         """All members' outputs side by side: x [..., I] -> [..., ΣO], new."""
-        y = self._packed(x, self.bias)
+        y = self.multiply(x)
         route = self.router.head_route if self.is_head else self.router.route
         if route is not None and not route.is_base:
             self.adapters.apply(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), route, self.bias)
         return y
 
+    def multiply(self, x: Tensor) -> Tensor:
+        """The same without adapters."""
+        return self._packed(x, self.bias)
+
+    @property
+    def native(self) -> NativeWeight | NativeInt4Weight | None:
+        """The weights as C multiplies by them, whatever the number of rows; None if something else does."""
+        return self._packed.native if isinstance(self._packed, PackedWeight | Int4Weight) else None
+
     def base(self, x: Tensor, index: int) -> Tensor:
         """One member's output without adapters."""
         start = sum(self.sizes[:index])
-        return self._packed(x, self.bias)[..., start : start + self.sizes[index]]
+        return self.multiply(x)[..., start : start + self.sizes[index]]
 
     def weight(self, index: int) -> Tensor:
         """One member's weight [O, I], bit for bit, or in float32 if it is quantized."""

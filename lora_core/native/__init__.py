@@ -42,9 +42,10 @@ SIGNATURES = {
     "linear": "pipppiii",
     "linear_int4": "pippppiii",
     "lora": "pipiippip",
-    "attend": "p",
+    "attend": "pp",
     "rms_norm": "pppiif",
     "silu_gate": "ppii",
+    "decoder_layers": "pipii",
 }
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 # A folder with libraries that were built before (`python -m lora_core.native`), or "off".

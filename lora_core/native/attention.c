@@ -3,6 +3,7 @@
 // A unit of work is a key head and some rows, a row being one query head of one token. Keys are taken in chunks of whole
 // blocks, so that a row's sums have one order, whether its token is one of a prompt or decodes. In a block keys lie
 // transposed, [dim, block_size]: scores of neighbouring keys are neighbours in a vector.
+#include "functions.h"
 #include "product.h"
 #include <math.h>
 #include <stdlib.h>
@@ -13,25 +14,10 @@
 #define MIN_WORK 20000
 #define PADDED(n) (((n) + VL - 1) / VL * VL)
 
-typedef struct {
-    const T *query, *key, *value; // [tokens, heads, dim], tokens `*_stride` apart
-    T *out;                       // [tokens, num_heads, value_dim]
-    T *keys, *values; // pools [num_kv_heads, blocks, dim, block_size] and [.., block_size, value_dim], heads `*_head` apart
-    const T *cos, *sin;           // [tokens, dim], to rotate queries and keys by; or null
-    const float *sinks;           // [num_heads] or null
-    const int64_t *positions;     // [tokens] where a token goes in the pools
-    const int32_t *table;         // [sequences, table_width] blocks
-    const int32_t *sequences;     // [sequences][3] first new token, new tokens, all tokens
-    int64_t query_stride, key_stride, value_stride, keys_head, values_head;
-    int64_t num_tokens, num_sequences, table_width, block_size, num_heads, num_kv_heads, dim, value_dim;
-    int64_t window; // tokens that a query sees, itself included; 0 for all
-    float scaling, softcap;
-} Attention;
-
 // x·cos + rotate_half(x)·sin, times a factor; out has dim floats.
-INLINE void rotated(const Attention *a, const T *x, int64_t token, float factor, float *out) {
+INLINE void rotated(const Attention *a, const Step *s, const T *x, int64_t token, float factor, float *out) {
     int64_t half = a->dim / 2;
-    const T *cos = a->cos + token * a->dim, *sin = a->sin + token * a->dim;
+    const T *cos = s->cos + token * a->dim, *sin = s->sin + token * a->dim;
     for (int64_t i = 0; i < half; i++) {
         float low = get(x + i), high = get(x + half + i);
         out[i] = (low * get(cos + i) - high * get(sin + i)) * factor;
@@ -39,21 +25,21 @@ INLINE void rotated(const Attention *a, const T *x, int64_t token, float factor,
     }
 }
 
-static void write_token(const Attention *a, int64_t token) {
-    int64_t block = a->positions[token] / a->block_size, offset = a->positions[token] % a->block_size;
+static void write_token(const Attention *a, const Step *s, int64_t token) {
+    int64_t block = s->positions[token] / a->block_size, offset = s->positions[token] % a->block_size;
     for (int64_t head = 0; head < a->num_kv_heads; head++) {
         const T *key = a->key + token * a->key_stride + head * a->dim;
         T *place = a->keys + head * a->keys_head + block * a->block_size * a->dim + offset, turned[PADDED(a->dim)];
-        if (a->cos) {
+        if (s->cos) {
             float numbers[PADDED(a->dim)];
-            rotated(a, key, token, 1, numbers);
+            rotated(a, s, key, token, 1, numbers);
             for (int64_t i = 0; i < a->dim; i += VL)
                 store(turned + i, load_float(numbers + i));
             key = turned;
         }
         for (int64_t i = 0; i < a->dim; i++)
             place[i * a->block_size] = key[i];
-        memcpy(a->values + head * a->values_head + a->positions[token] * a->value_dim,
+        memcpy(a->values + head * a->values_head + s->positions[token] * a->value_dim,
                a->value + token * a->value_stride + head * a->value_dim, a->value_dim * sizeof(T));
     }
 }
@@ -139,8 +125,8 @@ static float soften(float softcap, float *scores, int64_t size, int64_t oldest, 
 }
 
 // Rows [first, first + rows) of a sequence for one key head; row r is query head r % group of new token r / group.
-static void unit(const Attention *a, int64_t sequence, int64_t kv_head, int64_t first, int64_t rows) {
-    const int32_t *own = a->sequences + 3 * sequence, *table = a->table + sequence * a->table_width;
+static void unit(const Attention *a, const Step *s, int64_t sequence, int64_t kv_head, int64_t first, int64_t rows) {
+    const int32_t *own = s->sequences + 3 * sequence, *table = s->table + sequence * s->table_width;
     int64_t group = a->num_heads / a->num_kv_heads, B = a->block_size, value_size = PADDED(a->value_dim);
     int64_t before = own[2] - own[1]; // tokens of the sequence before the new ones
     int64_t blocks = (MIN_CHUNK + B - 1) / B, chunk = PADDED(blocks * B) + VL;
@@ -150,8 +136,8 @@ static void unit(const Attention *a, int64_t sequence, int64_t kv_head, int64_t 
     for (int64_t r = 0; r < rows; r++) {
         int64_t token = own[0] + (first + r) / group, head = kv_head * group + (first + r) % group;
         const T *from = a->query + token * a->query_stride + head * a->dim;
-        if (a->cos)
-            rotated(a, from, token, a->scaling, q + r * a->dim);
+        if (s->cos)
+            rotated(a, s, from, token, a->scaling, q + r * a->dim);
         else
             for (int64_t i = 0; i < a->dim; i++)
                 q[r * a->dim + i] = get(from + i) * a->scaling;
@@ -193,27 +179,27 @@ static void unit(const Attention *a, int64_t sequence, int64_t kv_head, int64_t 
     }
 }
 
-int attend(const Attention *a) {
+int attend(const Attention *a, const Step *s) {
     int64_t group = a->num_heads / a->num_kv_heads, num_units = 0, work = 0;
-    for (int64_t s = 0; s < a->num_sequences; s++) {
-        const int32_t *own = a->sequences + 3 * s;
+    for (int64_t i = 0; i < s->num_sequences; i++) {
+        const int32_t *own = s->sequences + 3 * i;
         num_units += (own[1] * group + ROWS - 1) / ROWS * a->num_kv_heads;
         work += (int64_t)own[1] * own[2] * a->num_heads * a->dim;
     }
 #pragma omp parallel if (work > MIN_WORK)
     {
 #pragma omp for schedule(static)
-        for (int64_t token = 0; token < a->num_tokens; token++)
-            write_token(a, token);
+        for (int64_t token = 0; token < s->num_tokens; token++)
+            write_token(a, s, token);
 #pragma omp for schedule(dynamic)
         for (int64_t u = 0; u < num_units; u++) {
-            int64_t s = 0, left = u, parts;
-            while (left >= (parts = (a->sequences[3 * s + 1] * group + ROWS - 1) / ROWS) * a->num_kv_heads) {
+            int64_t i = 0, left = u, parts;
+            while (left >= (parts = (s->sequences[3 * i + 1] * group + ROWS - 1) / ROWS) * a->num_kv_heads) {
                 left -= parts * a->num_kv_heads;
-                s++;
+                i++;
             }
-            int64_t first = left % parts * ROWS, rows = a->sequences[3 * s + 1] * group - first;
-            unit(a, s, left / parts, first, rows < ROWS ? rows : ROWS);
+            int64_t first = left % parts * ROWS, rows = s->sequences[3 * i + 1] * group - first;
+            unit(a, s, i, left / parts, first, rows < ROWS ? rows : ROWS);
         }
     }
     return 0;

@@ -3,27 +3,25 @@
 // W [O, I] lies as [O / PANEL, I, PANEL]: what a tile reads is one stream. Two columns of a panel are VL apart in
 // memory order where T is bfloat16, so that a float's upper half is one and its lower half the other
 // (`lora_core/native/__init__.py` packs).
+#include "functions.h"
 #include "scratch.h"
-#include "vector.h"
 
 #define BLOCK_ROWS (8 * MAX_TILE) // rows whose floats stay in the second-level cache
 #define MIN_WORK 100000           // multiplications below which a second thread does not pay
 
 int panel_width(void) { return PANEL; }
 
-// One of a panel's rows; `w` has floats in their own order, or T as they are packed.
-INLINE void load_panel(const void *w, int64_t place, int is_float, vec *low, vec *high) {
-#ifndef FLOAT32
-    if (!is_float) {
-        uvec u;
-        memcpy(&u, (const T *)w + place, sizeof u);
-        *low = (vec)(u << 16);
-        *high = (vec)(u & 0xffff0000);
-        return;
-    }
+// One of a panel's rows, `w` as it is packed.
+INLINE void load_panel(const T *w, vec *low, vec *high) {
+#ifdef FLOAT32
+    *low = load(w);
+    *high = load(w + VL);
+#else
+    uvec u;
+    memcpy(&u, w, sizeof u);
+    *low = (vec)(u << 16);
+    *high = (vec)(u & 0xffff0000);
 #endif
-    *low = load_float((const float *)w + place);
-    *high = load_float((const float *)w + place + VL);
 }
 
 INLINE void clear(int rows, int parts, vec sums[MAX_TILE][8]) {
@@ -53,7 +51,7 @@ INLINE void finish(int rows, int parts, vec sums[MAX_TILE][8], const T *bias, T 
 
 // `rows` rows x `panels` panels; both are constants where this is called. x lies as [I, rows]. Meanwhile `num_ahead`
 // bytes from `ahead` on are fetched, which are wanted next: reading and computing overlap.
-INLINE void tile(int rows, int panels, const float *x, const void *w, int is_float, const T *bias, T *y, int64_t I,
+INLINE void tile(int rows, int panels, const float *x, const T *w, const T *bias, T *y, int64_t I,
                  int64_t O, int64_t column, const char *ahead, int64_t num_ahead) {
     vec sums[MAX_TILE][8];
     clear(rows, 2 * panels, sums);
@@ -68,7 +66,7 @@ INLINE void tile(int rows, int panels, const float *x, const void *w, int is_flo
         }
 #pragma GCC unroll 4
         for (int p = 0; p < panels; p++)
-            load_panel(w, (p * I + k) * PANEL, is_float, &low[p], &high[p]);
+            load_panel(w + (p * I + k) * PANEL, &low[p], &high[p]);
 #pragma GCC unroll 12
         for (int r = 0; r < rows; r++) {
             vec own = all(x[k * rows + r]);
@@ -84,10 +82,10 @@ INLINE void tile(int rows, int panels, const float *x, const void *w, int is_flo
 
 #define CASE(rows)                                                                                                     \
     case rows:                                                                                                         \
-        tile(rows, 1, x, w, is_float, bias, y, I, O, column, ahead, num_ahead);                                             \
+        tile(rows, 1, x, w, bias, y, I, O, column, ahead, num_ahead);                                             \
         break;
 
-INLINE void tile_of(int rows, const float *x, const void *w, int is_float, const T *bias, T *y, int64_t I, int64_t O,
+INLINE void tile_of(int rows, const float *x, const T *w, const T *bias, T *y, int64_t I, int64_t O,
                     int64_t column, const char *ahead, int64_t num_ahead) {
     switch (rows) {
         FOR_5_ROWS(CASE)
@@ -115,17 +113,17 @@ static void panels(int64_t rows, const float *x, const T *w, const T *bias, T *y
     int64_t p = first;
     // Few rows take more panels at once, so that enough sums are under way.
     for (; rows == 1 && p + 4 <= stop; p += 4)
-        tile(1, 4, x, w + p * I * PANEL, 0, bias, y, I, O, p * PANEL, 0, 0);
+        tile(1, 4, x, w + p * I * PANEL, bias, y, I, O, p * PANEL, 0, 0);
     for (; rows == 2 && p + 2 <= stop; p += 2)
-        tile(2, 2, x, w + p * I * PANEL, 0, bias, y, I, O, p * PANEL, 0, 0);
+        tile(2, 2, x, w + p * I * PANEL, bias, y, I, O, p * PANEL, 0, 0);
     for (; rows == 3 && p + 2 <= stop; p += 2)
-        tile(3, 2, x, w + p * I * PANEL, 0, bias, y, I, O, p * PANEL, 0, 0);
+        tile(3, 2, x, w + p * I * PANEL, bias, y, I, O, p * PANEL, 0, 0);
     // Each tile of a panel fetches its share of the next one.
     int64_t tiles = (rows + MAX_TILE - 1) / MAX_TILE, share = I * PANEL * sizeof(T) / tiles;
     for (; p < stop; p++) {
         const char *next = (const char *)(w + (p + 1) * I * PANEL);
         for (int64_t t = 0; t < rows; t += tile_rows(rows, t), next += share)
-            tile_of(tile_rows(rows, t), x + t * I, w + p * I * PANEL, 0, bias, y + t * O, I, O, p * PANEL, next, share);
+            tile_of(tile_rows(rows, t), x + t * I, w + p * I * PANEL, bias, y + t * O, I, O, p * PANEL, next, share);
     }
 }
 
@@ -142,14 +140,13 @@ INLINE void spread_rows(const T *x, int64_t ldx, int64_t start, int64_t rows, in
     }
 }
 
-static __thread Scratch row_scratch, panel_scratch;
-
 // Panels that one thread takes at a time, of P.
 INLINE int64_t panels_at_once(int64_t P) { return P / 32 > 4 ? P / 32 / 4 * 4 : 4; }
 
 // x [M, I] with rows `ldx` apart, bias [O] or null, y [M, O]. Not 0 if there is no memory.
 int linear(const T *x, int64_t ldx, const T *w, const T *bias, T *y, int64_t M, int64_t I, int64_t O) {
-    float *own = room(&row_scratch, BLOCK_ROWS * I * sizeof(float));
+    static __thread Scratch scratch;
+    float *own = room(&scratch, BLOCK_ROWS * I * sizeof(float));
     if (!own)
         return 1;
     int64_t P = (O + PANEL - 1) / PANEL, at_once = panels_at_once(P);
@@ -162,119 +159,4 @@ int linear(const T *x, int64_t ldx, const T *w, const T *bias, T *y, int64_t M, 
             panels(rows, own, w, bias, y + start * O, I, O, p, P - p < at_once ? P : p + at_once);
     }
     return 0;
-}
-
-#define GROUP 32 // numbers along the input that share a scale and the value of code 8
-
-// Weights in 4 bits: codes [O / PANEL, I / 2, PANEL], of which each byte has a column's next two, and for each group a
-// scale and the value of code 8, [O / PANEL, I / GROUP, 2, PANEL]. A weight is (code - 8)·scale + that value.
-typedef struct {
-    vec scale[2], zero[2]; // of a panel's columns; `zero` is the value of code 0
-} Group;
-
-INLINE Group load_group(const T *scales) {
-    Group group;
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
-        group.scale[half] = load(scales + half * VL);
-        group.zero[half] = load(scales + PANEL + half * VL) - 8 * group.scale[half];
-    }
-    return group;
-}
-
-// The next two weights of each column: `first` and `second`, half a panel each.
-INLINE void load_pair(const uint8_t *codes, const Group *group, vec first[2], vec second[2]) {
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
-        ivec bytes = load_bytes(codes + half * VL);
-        first[half] = __builtin_convertvector(bytes & 15, vec) * group->scale[half] + group->zero[half];
-        second[half] = __builtin_convertvector(bytes >> 4, vec) * group->scale[half] + group->zero[half];
-    }
-}
-
-// As `tile`, straight from the codes, for few rows.
-INLINE void tile_int4(int rows, int panels, const float *x, const uint8_t *codes, const T *scales, const T *bias, T *y,
-                      int64_t I, int64_t O, int64_t column) {
-    vec sums[MAX_TILE][8];
-    clear(rows, 2 * panels, sums);
-    for (int64_t g = 0; g < I / GROUP; g++) {
-        Group groups[2];
-#pragma GCC unroll 2
-        for (int p = 0; p < panels; p++)
-            groups[p] = load_group(scales + (p * I / GROUP + g) * 2 * PANEL);
-        for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += 2) {
-#pragma GCC unroll 2
-            for (int p = 0; p < panels; p++) {
-                vec first[2], second[2];
-                load_pair(codes + (p * I + k) / 2 * PANEL, groups + p, first, second);
-#pragma GCC unroll 4
-                for (int r = 0; r < rows; r++)
-#pragma GCC unroll 2
-                    for (int half = 0; half < 2; half++) {
-                        sums[r][2 * p + half] += all(x[k * rows + r]) * first[half];
-                        sums[r][2 * p + half] += all(x[(k + 1) * rows + r]) * second[half];
-                    }
-            }
-        }
-    }
-    finish(rows, 2 * panels, sums, bias, y, O, column);
-}
-
-static void widen_panel(const uint8_t *codes, const T *scales, int64_t I, float *out) {
-    for (int64_t g = 0; g < I / GROUP; g++) {
-        Group group = load_group(scales + g * 2 * PANEL);
-        for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += 2) {
-            vec first[2], second[2];
-            load_pair(codes + k / 2 * PANEL, &group, first, second);
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; half++) {
-                store_float(out + k * PANEL + half * VL, first[half]);
-                store_float(out + (k + 1) * PANEL + half * VL, second[half]);
-            }
-        }
-    }
-}
-
-// As `panels`. More than a few rows read weights that are made floats once, panel by panel.
-static void panels_int4(int64_t rows, const float *x, const uint8_t *codes, const T *scales, const T *bias, T *y,
-                        int64_t I, int64_t O, int64_t first, int64_t stop, float *wide) {
-    int64_t p = first, C = I / 2 * PANEL, S = I / GROUP * 2 * PANEL;
-    for (; rows == 1 && p + 2 <= stop; p += 2)
-        tile_int4(1, 2, x, codes + p * C, scales + p * S, bias, y, I, O, p * PANEL);
-    for (; rows <= 3 && p < stop; p++)
-        if (rows == 1)
-            tile_int4(1, 1, x, codes + p * C, scales + p * S, bias, y, I, O, p * PANEL);
-        else if (rows == 2)
-            tile_int4(2, 1, x, codes + p * C, scales + p * S, bias, y, I, O, p * PANEL);
-        else
-            tile_int4(3, 1, x, codes + p * C, scales + p * S, bias, y, I, O, p * PANEL);
-    for (; p < stop; p++) {
-        widen_panel(codes + p * C, scales + p * S, I, wide);
-        for (int64_t t = 0; t < rows; t += tile_rows(rows, t))
-            tile_of(tile_rows(rows, t), x + t * I, wide, 1, bias, y + t * O, I, O, p * PANEL, 0, 0);
-    }
-}
-
-// As `linear`, I a multiple of GROUP.
-int linear_int4(const T *x, int64_t ldx, const uint8_t *codes, const T *scales, const T *bias, T *y, int64_t M,
-                int64_t I, int64_t O) {
-    float *own = room(&row_scratch, BLOCK_ROWS * I * sizeof(float));
-    int failed = !own;
-    int64_t P = (O + PANEL - 1) / PANEL, at_once = panels_at_once(P);
-#pragma omp parallel if (M * I * O > MIN_WORK) reduction(| : failed)
-    {
-        float *wide = room(&panel_scratch, I * PANEL * sizeof(float));
-        failed |= !wide;
-        for (int64_t start = 0; start < M; start += BLOCK_ROWS) {
-            int64_t rows = M - start < BLOCK_ROWS ? M - start : BLOCK_ROWS;
-            if (own)
-                spread_rows(x, ldx, start, rows, I, own);
-#pragma omp for schedule(dynamic)
-            for (int64_t p = 0; p < P; p += at_once)
-                if (!failed)
-                    panels_int4(rows, own, codes, scales, bias, y + start * O, I, O, p,
-                                P - p < at_once ? P : p + at_once, wide);
-        }
-    }
-    return failed;
 }

@@ -37,6 +37,11 @@ class NativeWeight:
         """x [..., I] of the weight's dtype, bias [O] -> [..., O]."""
         return _multiply(self._linear, x, (self._panels,), bias, self.out_features)
 
+    @property
+    def addresses(self) -> tuple[int, None]:
+        """Where the panels lie; there are no scales."""
+        return self._panels.data_ptr(), None
+
     def unpack(self) -> Tensor:
         """[O, I], bit for bit: a copy."""
         panels = self._panels.transpose(1, 2)
@@ -48,6 +53,9 @@ class NativeWeight:
 class NativeInt4Weight:
     """The same for a weight in 4 bits, of which groups of 32 numbers along the input share a scale and a middle.
 
+    In whole numbers: of each row, each group of inputs is rounded to the nearest of 255 numbers from its largest to
+    minus that first.
+
     Args:
         codes: [O, G, 32], 0 to 15.
         scale, middle: [O, G] in the dtype of what is multiplied: a weight is (code - 8)·scale + middle.
@@ -57,8 +65,8 @@ class NativeInt4Weight:
         library_ = _library(scale.dtype)
         self.out_features = codes.shape[0]
         self._linear = library_.linear_int4
-        pairs = _panels(codes.flatten(1).to(torch.uint8), library_).unflatten(2, (-1, 2))  # [P, W, I / 2, 2]
-        self._codes = (pairs[..., 0] | pairs[..., 1] << 4).transpose(1, 2).contiguous()  # [P, I / 2, W]
+        octets = _panels(codes.flatten(1).to(torch.uint8), library_).unflatten(2, (-1, 2, 4))  # [P, W, I / 8, 2, 4]
+        self._codes = (octets[..., 0, :] | octets[..., 1, :] << 4).transpose(1, 2).contiguous()  # [P, I / 8, W, 4]
         parts = [_panels(part, library_).transpose(1, 2) for part in (scale, middle)]
         self._scales = torch.stack(parts, dim=2).contiguous()  # [P, G, 2, W]
 
@@ -66,10 +74,15 @@ class NativeInt4Weight:
         """x [..., I], bias [O] -> [..., O]."""
         return _multiply(self._linear, x, (self._codes, self._scales), bias, self.out_features)
 
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Where codes and scales lie."""
+        return self._codes.data_ptr(), self._scales.data_ptr()
+
     def unpack(self) -> Tensor:
         """[O, I]: a copy, rounded to the scales' dtype."""
-        pairs = self._codes.transpose(1, 2)
-        codes = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(2).unflatten(2, (self._scales.shape[1], -1))
+        octets = self._codes.transpose(1, 2)  # [P, W, I / 8, 4]
+        codes = torch.stack([octets & 15, octets >> 4], dim=3).flatten(2).unflatten(2, (self._scales.shape[1], -1))
         scale, middle = (self._scales[:, :, i].transpose(1, 2)[..., None].float() for i in (0, 1))
         weight = (codes.float() - 8) * scale + middle  # [P, W, G, 32]
         return weight.flatten(2).flatten(0, 1)[: self.out_features].to(self._scales.dtype)

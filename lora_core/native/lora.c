@@ -2,6 +2,7 @@
 //
 // Rows that want the same are a group. Each adapter's numbers are read once, where they lie in the arenas, for all rows
 // that want it; no row reads another's. Between the two products a row has ΣR floats for each layer.
+#include "functions.h"
 #include "product.h"
 #include "scratch.h"
 
@@ -11,27 +12,6 @@
 #define MIN_WORK 50000 // multiplications below which a second thread does not pay
 #define LINE 64        // bytes that come from memory together
 #define TILE (MAX_TILE < 6 ? MAX_TILE : 6) // rows that expand together
-
-typedef struct {
-    const T *a, *b;       // arenas [rows, I] and [rows, O]
-    const T *gain, *bias; // tables [slots, O], or null
-    int64_t num_columns;  // O
-    int64_t column;       // where they begin in y
-} Layer;
-
-typedef struct {
-    int32_t start, rank, has_gain, has_bias;
-} Extent;
-
-typedef struct {
-    int64_t num_rows, num_groups, num_entries, num_adapters;
-    const int32_t *rows;    // [num_rows] of x and y, group by group
-    const int32_t *groups;  // [num_groups + 1][2] where a group's rows and its entries begin
-    const int32_t *entries; // [num_entries] an adapter that the group wants: its place in `slots`
-    const float *weights;   // [num_entries]
-    const int32_t *slots;   // [num_adapters]
-    const Extent *extents;  // [layers][num_adapters]
-} Plan;
 
 // Where what a layer's shrink product gives lies: a group's floats, how many a row has, each entry's place among them.
 typedef struct {

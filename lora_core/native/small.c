@@ -1,5 +1,5 @@
 // What a model does between its products, each in one pass.
-#include "vector.h"
+#include "functions.h"
 #include <math.h>
 
 #define MIN_WORK 30000 // numbers below which a second thread does not pay
@@ -37,4 +37,13 @@ void silu_gate(const T *x, T *y, int64_t rows, int64_t size) {
             vec numerator = pick(gate >= 0, all(1), small);
             store_part(y + r * size + i, gate * up * numerator / (1 + small), n);
         }
+}
+
+// y = a + b, `size` numbers each; y may be a.
+void add_numbers(const T *a, const T *b, T *y, int64_t size) {
+#pragma omp parallel for schedule(static) if (size > MIN_WORK)
+    for (int64_t i = 0; i < size; i += VL) {
+        int n = size - i < VL ? size - i : VL;
+        store_part(y + i, load_part(a + i, n) + load_part(b + i, n), n);
+    }
 }

@@ -37,18 +37,6 @@ INLINE void store_float(float *p, vec v) { memcpy(p, &v, sizeof v); }
 
 typedef uint8_t bvec __attribute__((vector_size(VL)));
 
-INLINE ivec load_bytes(const uint8_t *p) {
-    bvec b;
-    memcpy(&b, p, sizeof b);
-#if defined(__AVX512F__)
-    return (ivec)_mm512_cvtepu8_epi32((__m128i)b);
-#elif defined(__AVX2__) && VL == 8
-    return (ivec)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)b));
-#else
-    return __builtin_convertvector(b, ivec);
-#endif
-}
-
 INLINE vec all(float x) { return x - (vec){0}; }
 
 INLINE vec pick(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }

@@ -53,8 +53,8 @@ class _CPlan(ctypes.Structure):
 class _Plan(NamedTuple):
     """What a route means for layers with certain layouts, and the tensors that it points to."""
 
-    c: _CPlan
-    held: tuple[Tensor, ...]
+    address: int
+    held: tuple[_CPlan, tuple[Tensor, ...]]
 
 
 def can_be_native(slots: Sequence[LayerSlots]) -> bool:
@@ -68,6 +68,9 @@ class NativeGroup:
 
     Args:
         slots: of each layer; see `can_be_native`.
+
+    Attributes:
+        layers: an array of C's structures, of which each knows a layer's arenas.
     """
 
     def __init__(self, slots: Sequence[LayerSlots]) -> None:
@@ -77,9 +80,9 @@ class NativeGroup:
         self._slots = list(slots)
         self._dtype = slots[0].a.dtype
         self._tensors: list[Tensor | None] = []
-        self._layers = (_Layer * len(slots))()
+        self.layers = (_Layer * len(slots))()
         column = 0
-        for layer, member in zip(self._layers, slots, strict=True):
+        for layer, member in zip(self.layers, slots, strict=True):
             layer.num_columns, layer.column = member.out_features, column
             column += member.out_features
 
@@ -94,33 +97,45 @@ class NativeGroup:
         Raises:
             MemoryError: there is no memory for the shrunk rows.
         """
-        # Layouts first: rows of a layout stay where they are in whatever arena comes later.
-        plan = self._plan(route, tuple([member.layout for member in self._slots]), x.shape[0])
+        plan = self.plan(route, x.shape[0])
         if plan is None:
             return
-        tensors = [tensor for m in self._slots for tensor in (m.a, m.b, m.gain, m.bias)]
-        if len(tensors) != len(self._tensors) or not all(map(operator.is_, tensors, self._tensors)):
-            self._point_to(tensors)
         if x.stride(1) != 1 or x.dtype != self._dtype:
             x = x.to(self._dtype).contiguous()
         bias = None if base_bias is None else base_bias.data_ptr()
         addresses = y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), x.shape[1], bias
-        if self._lora(*addresses, self._layers, len(self._slots), ctypes.byref(plan.c)):
+        if self._lora(*addresses, self.layers, len(self._slots), plan):
             raise MemoryError(f"no memory for the adapters of {len(x)} tokens")
 
-    def _point_to(self, tensors: list[Tensor | None]) -> None:
-        self._tensors = tensors
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        for i, layer in enumerate(self._layers):
-            layer.a, layer.b, layer.gain, layer.bias = addresses[4 * i : 4 * i + 4]
+    @property
+    def layouts(self) -> list[Layout]:
+        """Of the layers; a plan is right as long as they stay the same."""
+        return [member.layout for member in self._slots]
 
-    def _plan(self, route: Route, layouts: tuple[Layout, ...], num_tokens: int) -> _Plan | None:
+    def plan(self, route: Route, num_tokens: int) -> int | None:
+        """The address of what C has to know of a route, and `layers` is filled; None if no row wants anything.
+
+        Both are right while the route and `layouts` stay what they are.
+        """
+        # Layouts first: rows of a layout stay where they are in whatever arena comes later.
+        layouts = self.layouts
         key = (NativeGroup, num_tokens, *layouts)
         if key not in route.cache:
             route.cache[key] = _make_plan(route, layouts, num_tokens // route.num_rows)
         plan = route.cache[key]
-        assert plan is None or isinstance(plan, _Plan)
-        return plan
+        if plan is None:
+            return None
+        assert isinstance(plan, _Plan)
+        tensors = [tensor for m in self._slots for tensor in (m.a, m.b, m.gain, m.bias)]
+        if len(tensors) != len(self._tensors) or not all(map(operator.is_, tensors, self._tensors)):
+            self._point_to(tensors)
+        return plan.address
+
+    def _point_to(self, tensors: list[Tensor | None]) -> None:
+        self._tensors = tensors
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        for i, layer in enumerate(self.layers):
+            layer.a, layer.b, layer.gain, layer.bias = addresses[4 * i : 4 * i + 4]
 
 
 def _make_plan(route: Route, layouts: Sequence[Layout], tokens_per_row: int) -> _Plan | None:
@@ -155,4 +170,5 @@ def _make_plan(route: Route, layouts: Sequence[Layout], tokens_per_row: int) -> 
         ),
     )
     sizes = len(held[0]), len(wanted), len(held[2]), len(touched)
-    return _Plan(_CPlan(*sizes, *(tensor.data_ptr() for tensor in held)), held)
+    plan = _CPlan(*sizes, *(tensor.data_ptr() for tensor in held))
+    return _Plan(ctypes.addressof(plan), (plan, held))

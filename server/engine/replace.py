@@ -48,10 +48,11 @@ class GatedMlp(nn.Module):
         self.down_proj = down_proj
         self._projections = projections
         self._activation = activation
+        self.is_silu = activation is F.silu
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         both = self._projections.side_by_side((self.gate_proj, self.up_proj), hidden_states)
-        inner = native_silu_gate(both) if self._activation is F.silu else None
+        inner = native_silu_gate(both) if self.is_silu else None
         if inner is None:
             gate, up = both.split(self._projections.sizes, -1)
             inner = self._activation(gate).mul_(up)

@@ -124,7 +124,8 @@ class ModelRunner:
         self.bank: ModelSlots = attach_slots(
             self.layers, config.max_slots, dtype=self.dtype, model=model, use_kernels=self.uses_kernels
         )
-        self.optimised = optimise(model, self.layers, as_int4=as_int4)
+        cached = self.facts.layers if self.is_native else ()
+        self.optimised = optimise(model, self.layers, cached, as_int4=as_int4)
         self._attend_configs: Mapping[Hashable, Any] = self._tune() if self.uses_kernels else NO_CONFIGS
         self.graphs: DecodeGraphs | None = None
         if self.uses_kernels and config.use_cuda_graphs and (on_cuda or capture is not None):

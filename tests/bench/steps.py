@@ -26,6 +26,7 @@ from server.delivery import Delivery, GenerationGroup
 from server.demo import ensure_demo_model
 from server.engine import EngineConfig, EngineLoop, GenerationRequest, ModelRunner, SamplingParams, load_runner
 from server.engine.attention import NativeAttention, PagedAttention
+from server.engine.decoder import DecoderStack, Seconds
 from server.engine.sampling import Drawn
 from server.engine.scheduler import Scheduler, Step
 from tests.bench.machine import start_quietly
@@ -53,6 +54,8 @@ PARTS: Sequence[tuple[str, Any, str]] = (
     ("delivery", Delivery, "flush"),
 )
 REST = "other operators, Python"
+# The same of what C does of a layer in one call, as C itself counts it.
+NATIVE_PARTS = {"products": "base products", "adapters": "adapters", "attention": "attention and cache"}
 
 
 class Account:
@@ -62,12 +65,14 @@ class Account:
         self._rows = rows
         self._is_inside = False
         self._now: dict[str, float] = {}
+        self._native = Seconds()
         self._originals: list[tuple[Any, str, Any]] = []
         self.steps: list[dict[str, float]] = []
 
     def __enter__(self) -> "Account":
         for part, owner, name in PARTS:
             self._put(owner, name, self._timed(part, getattr(owner, name)))
+        self._put(DecoderStack, "seconds", self._native)
         self._put(EngineLoop, "_launch", self._noting_rows(EngineLoop._launch))
         self._put(EngineLoop, "_step", self._closing(EngineLoop._step))
         return self
@@ -106,6 +111,10 @@ class Account:
 
         def step(engine: EngineLoop) -> bool:
             now, begin = self._now, time.perf_counter()
+            for name, part in NATIVE_PARTS.items():
+                if seconds := getattr(self._native, name):
+                    now[part] = now.get(part, 0.0) + seconds
+                    setattr(self._native, name, 0.0)
             if now.pop("full", 0.0):
                 now[REST] = begin - now.pop("begin") - sum(s for part, s in now.items() if part != "begin")
                 self.steps.append(now)

@@ -38,7 +38,7 @@ def test_few_rows_and_many_compute_with_the_same_numbers(bias: bool) -> None:
         found = packed(x, b)
         assert found.shape == wanted.shape
         assert found.dtype == torch.bfloat16
-        assert (found - wanted).norm() <= 1e-2 * wanted.norm()
+        assert (found - wanted).norm() <= 1.5e-2 * wanted.norm()  # C rounds inputs to 8 bits
 
 
 def test_weights_of_other_forms_are_not_taken() -> None:

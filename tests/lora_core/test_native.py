@@ -69,17 +69,28 @@ def test_products_with_weights_in_4_bits(dtype: torch.dtype) -> None:
         own = NativeInt4Weight(codes, scale, middle)
         torch.testing.assert_close(own.unpack().double(), weight, **CLOSE[dtype])
         x, bias = torch.randn(70, 32 * num_groups).to(dtype), torch.randn(num_out).to(dtype)
-        together, size = own(x, bias), float(weight.norm(dim=1).max())
+        x[1, :32] = 0
+        groups = x.double().unflatten(1, (num_groups, 32))
+        worth = groups.abs().amax(-1, keepdim=True) / 127
+        rounded = (groups / worth.clamp(min=1e-30)).round().mul(worth).flatten(1)
+        # Half of the largest is between two steps.
+        step = float(worth.max() * weight.abs().max()) + 1e-3 * float(weight.norm(dim=1).max())
         for num_rows in (0, 1, 2, 3, 4, 11, 70):
             out = own(x[:num_rows], bias)
-            expected = F.linear(x[:num_rows].double(), weight, bias.double())
-            torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1e-3 * size)
-            assert torch.equal(out, together[:num_rows])
+            expected = F.linear(rounded[:num_rows], weight, bias.double())
+            torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=step)
+            assert torch.equal(out, own(x, bias)[:num_rows])
 
 
 @pytest.mark.usefixtures("c_only")
 def test_infinities_and_nan_are_kept() -> None:
     for dtype in native.DTYPES:
+        half = torch.randint(0, 16, (24, 2, 32)), torch.rand(24, 2).to(dtype), torch.rand(24, 2).to(dtype)
+        x = torch.randn(3, 64).to(dtype)
+        x[0, 40], x[1, 3] = torch.nan, torch.inf
+        y = NativeInt4Weight(*half)(x)
+        assert y[:2].isnan().all()
+        assert y[2].isfinite().all()
         own = NativeWeight(torch.eye(24).to(dtype))
         x = torch.zeros(3, 24).to(dtype)
         x[0, 1], x[1, 2] = torch.nan, torch.inf

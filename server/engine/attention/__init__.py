@@ -2,7 +2,7 @@
 
 from server.engine.attention.device import NO_CONFIGS, AttentionPlan, DeviceAttention, Span, tune_attention
 from server.engine.attention.interface import ATTENTION_NAME, AttentionCall, AttentionStep, register, use_step
-from server.engine.attention.native import NativeAttention
+from server.engine.attention.native import LayerAttention, NativeAttention
 from server.engine.attention.paged import AttentionGroup, PagedAttention
 from server.engine.attention.probe import AttentionProbe
 from server.engine.attention.rotary import TOLERANCE, RotaryAttention, replace_attention
@@ -17,6 +17,7 @@ __all__ = [
     "AttentionProbe",
     "AttentionStep",
     "DeviceAttention",
+    "LayerAttention",
     "NativeAttention",
     "PagedAttention",
     "RotaryAttention",

@@ -35,9 +35,9 @@ class RotaryAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = projections.members
         self.o_proj = o_proj
         self._projections = projections
-        self._call = call
-        self._head_dim = head_dim
-        self._num_kv_heads = projections.sizes[1] // head_dim
+        self.call = call
+        self.head_dim = head_dim
+        self.num_kv_heads = projections.sizes[1] // head_dim
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
@@ -45,8 +45,8 @@ class RotaryAttention(nn.Module):
         """hidden_states [1, T, I] -> [1, T, I]."""
         step: AttentionStep = kwargs[STEP_ARGUMENT]
         joined = self._projections.side_by_side((self.q_proj, self.k_proj, self.v_proj), hidden_states)
-        heads = joined.view(hidden_states.shape[1], -1, self._head_dim)  # [T, H + 2·Hkv, D]
-        out = step.attend_joined(self._call, heads, self._num_kv_heads, position_embeddings)
+        heads = joined.view(hidden_states.shape[1], -1, self.head_dim)  # [T, H + 2·Hkv, D]
+        out = step.attend_joined(self.call, heads, self.num_kv_heads, position_embeddings)
         return self.o_proj(out.reshape(1, hidden_states.shape[1], -1)), None
 
 

@@ -1,0 +1,114 @@
+// Decoder layers: x + O·attention(QKV·norm(x)), then that plus down(silu(gate)·up) of its norm, products with adapters.
+//
+// One call computes all of them, unless a product is not of this library: then the call ends before it, and whoever called
+// multiplies and calls again. A small model has a hundred such layers' parts in a step, and a language that is slow to
+// call between two of them costs as much as the parts.
+#include "functions.h"
+#include <time.h>
+
+typedef struct {
+    const void *weight; // panels, or codes if there are scales; null: the caller multiplies
+    const T *scales, *bias;
+    int64_t num_in, num_out;
+    const Layer *layers;
+    int64_t num_layers;
+    const Plan *plan; // null: no row wants an adapter
+    const T *x;       // [rows, num_in]
+    T *y;             // [rows, num_out]
+} Projection;
+
+enum { QKV, OUT, GATE_UP, DOWN, NUM_PROJECTIONS };
+
+// Where time goes, for whoever wants to know.
+typedef struct {
+    double products, adapters, attention;
+} Seconds;
+
+// A layer; whatever it points to is its own, or memory for `rows` rows that layers use one after the other.
+typedef struct {
+    int64_t size;
+    const T *norms[2];                 // [size], before attention and before the MLP
+    float epsilons[2];                 // of the norms
+    Projection parts[NUM_PROJECTIONS]; // a part's x is what comes before it
+    Attention attention;               // reads the first part's y, writes the second's x
+} Decoder;
+
+// What a pass through layers works on.
+typedef struct {
+    int64_t rows;
+    T *hidden; // [rows, size], changed in place
+    const Step *step;
+    Seconds *seconds; // or null
+} Pass;
+
+static double now(const Pass *pass) {
+    struct timespec time;
+    if (!pass->seconds)
+        return 0;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec + 1e-9 * time.tv_nsec;
+}
+
+// What comes before a product.
+static int prepare(const Decoder *d, int part, const Pass *pass) {
+    T *x = (T *)d->parts[part].x;
+    double start = now(pass);
+    int failed = 0;
+    if (part == QKV)
+        rms_norm(pass->hidden, d->norms[0], x, pass->rows, d->size, d->epsilons[0]);
+    else if (part == OUT)
+        failed = attend(&d->attention, pass->step);
+    else if (part == GATE_UP) {
+        add_numbers(pass->hidden, d->parts[OUT].y, pass->hidden, pass->rows * d->size);
+        rms_norm(pass->hidden, d->norms[1], x, pass->rows, d->size, d->epsilons[1]);
+    } else
+        silu_gate(d->parts[GATE_UP].y, x, pass->rows, d->parts[DOWN].num_in);
+    if (pass->seconds && part == OUT)
+        pass->seconds->attention += now(pass) - start;
+    return failed;
+}
+
+static int multiply(const Projection *p, const Pass *pass) {
+    double start = now(pass);
+    int failed;
+    if (p->scales)
+        failed = linear_int4(p->x, p->num_in, p->weight, p->scales, p->bias, p->y, pass->rows, p->num_in, p->num_out);
+    else
+        failed = linear(p->x, p->num_in, p->weight, p->bias, p->y, pass->rows, p->num_in, p->num_out);
+    if (pass->seconds)
+        pass->seconds->products += now(pass) - start;
+    return failed;
+}
+
+static int adapt(const Projection *p, const Pass *pass) {
+    double start = now(pass);
+    if (!p->plan)
+        return 0;
+    int failed = lora(p->y, p->num_out, p->x, p->num_in, p->num_in, p->bias, p->layers, p->num_layers, p->plan);
+    if (pass->seconds)
+        pass->seconds->adapters += now(pass) - start;
+    return failed;
+}
+
+// From a product on, counted through all layers; `is_multiplied`: the caller has just done that one. Returns the product
+// that the caller has to do next, their number at the end, or -1 if there is no memory.
+int decoder_layers(const Decoder *layers, int64_t num_layers, const Pass *pass, int64_t product, int64_t is_multiplied) {
+    for (; product < num_layers * NUM_PROJECTIONS; product++, is_multiplied = 0) {
+        const Decoder *d = layers + product / NUM_PROJECTIONS;
+        int part = product % NUM_PROJECTIONS;
+        const Projection *p = d->parts + part;
+        if (!is_multiplied) {
+            if (prepare(d, part, pass))
+                return -1;
+            if (!p->weight)
+                return product;
+            if (multiply(p, pass))
+                return -1;
+        }
+        if (adapt(p, pass))
+            return -1;
+        if (part == DOWN)
+            add_numbers(pass->hidden, p->y, pass->hidden, pass->rows * d->size);
+    }
+    return product;
+}
