@@ -328,12 +328,26 @@ def _nested(parts: Parts) -> dict[str, Target]:
 
 
 def _blank_copy(name: str, base: nn.Module) -> nn.Module:
-    """A module like `base` to be filled; a linear layer whose weight is packed becomes a plain one again."""
+    """A module like `base` to be filled, without adapters in it; packed layers become plain ones again.
+
+    Raises:
+        UnsupportedError: a layer in it is not in floating point, or it attends, which takes all rows together.
+    """
     if not isinstance(base, PackedLinear):
-        return copy.deepcopy(base)
+        return _copy_of_parts(name, base)
     if base.is_transposed or base.is_quantized:
         kind = "quantized" if base.is_quantized else "a Conv1D whose weight is packed"
         raise UnsupportedError(f"`modules_to_save`: {name!r} is {kind}")
     weight = base.weight
     linear = nn.Linear(base.in_features, base.out_features, base.bias is not None, device=weight.device)
     return linear.to(weight.dtype)
+
+
+def _copy_of_parts(name: str, base: nn.Module) -> nn.Module:
+    memo: dict[int, Any] = {}
+    for path, module in base.named_modules():
+        if hasattr(module, "layer_idx"):
+            raise UnsupportedError(f"`modules_to_save`: {name!r} attends; rows are served there by one module only")
+        if isinstance(module, AdapterModule) and id(module) not in memo:
+            memo[id(module)] = _blank_copy(f"{name}.{path}", base_of(module))
+    return copy.deepcopy(base, memo)

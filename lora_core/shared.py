@@ -69,6 +69,10 @@ class SharedLinears:
             member.base_layer = PackedLinear(self, index, member.base_layer)
             member.shared = self
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "SharedLinears":
+        """Itself: a copy of a module that calls it has other layers, and calls those (`side_by_side`)."""
+        return self
+
     def output(self, member: LoraLinear, x: Tensor) -> Tensor:
         """One member's output [..., O], adapters included; the others' are kept until they ask for them."""
         if len(self.members) == 1:

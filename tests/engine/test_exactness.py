@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lora_core import Route, Run, fold_adapter, load_adapter
+from lora_core import Route, Run, UnsupportedError, fold_adapter, load_adapter
 from server.demo import ensure_demo_model
 from server.engine import EngineConfig, EngineLoop, ModelRunner
 from server.engine.batch import build_batch
@@ -98,7 +98,10 @@ def _assert_rows_agree(case: Case, rows: list[str], prompts: list[list[int]], ou
 
 
 def test_a_mixed_batch_equals_peft_row_by_row(case: Case) -> None:
-    rows = [*case.slots, "base", "dora"]
+    _generate_and_compare(case, [*case.slots, "base", "dora"])
+
+
+def _generate_and_compare(case: Case, rows: list[str]) -> None:
     prompts = _prompts(rows)
     engine = EngineLoop(case.runner)
     driver = Driver(engine)
@@ -108,6 +111,30 @@ def test_a_mixed_batch_equals_peft_row_by_row(case: Case) -> None:
     outcomes = driver.wait()
     engine.close()
     _assert_rows_agree(case, rows, prompts, outcomes)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_adapters_with_modules_of_several_layers_of_their_own(architecture: str, tmp_path: Path) -> None:
+    base = tiny_model(architecture, random.randrange(1 << 30))
+    settings = {"mlp": {"modules_to_save": ["mlp"]}, "one": {"modules_to_save": ["1.mlp", "k_proj"]}, "lora": {}}
+    case = Case(ModelRunner(copy.deepcopy(base), EngineConfig(block_size=4, kv_bytes=1 << 24)), {"base": {}}, {})
+    case.references["base"] = base
+    for slot, (name, config) in enumerate(settings.items()):
+        model = peft_adapters.peft_model(base, architecture, random.randrange(1 << 30), r=4, **config)
+        saved = peft_adapters.save(model, tmp_path / name)
+        case.runner.bank.load(slot, fold_adapter(load_adapter(saved), case.runner.model, dtype=torch.float32))
+        case.references[name], case.slots[name] = model, {slot: 1.0}
+    _generate_and_compare(case, [*case.slots, *case.slots])
+
+
+def test_a_module_that_attends_is_refused_as_an_adapters_own(tmp_path: Path) -> None:
+    base = tiny_model("llama", 0)
+    runner = ModelRunner(copy.deepcopy(base), EngineConfig(block_size=4, kv_bytes=1 << 24))
+    for i, name in enumerate(("self_attn", "layers.1")):
+        model = peft_adapters.peft_model(base, "llama", 0, r=4, target_modules=["down_proj"], modules_to_save=[name])
+        saved = load_adapter(peft_adapters.save(model, tmp_path / str(i)))
+        with pytest.raises(UnsupportedError, match=f"`modules_to_save`: .*{name}' attends"):
+            fold_adapter(saved, runner.model, dtype=torch.float32)
 
 
 def test_preemption_does_not_change_the_tokens(case: Case) -> None:

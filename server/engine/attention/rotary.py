@@ -36,6 +36,7 @@ class RotaryAttention(nn.Module):
         self.o_proj = o_proj
         self._projections = projections
         self.call = call
+        self.layer_idx = call.layer  # as the model's own blocks have it
         self.head_dim = head_dim
         self.num_kv_heads = projections.sizes[1] // head_dim
 
