@@ -11,6 +11,9 @@
 #define MAX_STRIP 384  // and at most so many columns, a multiple of PANEL
 #define MIN_WORK 50000 // multiplications below which a second thread does not pay
 #define LINE 64        // bytes that come from memory together
+#define LINE_COLUMNS 32 // that such a line has at most, whole panels
+#define MANY_ROWS 16   // of a group, from which its numbers are brought together first
+#define MAX_RANKS 64   // that are brought together at a time
 #define TILE (MAX_TILE < 6 ? MAX_TILE : 6) // rows that expand together
 
 // Where what a layer's shrink product gives lies: a group's floats, how many a row has, each entry's place among them.
@@ -19,14 +22,13 @@ typedef struct {
     int64_t *width, *place;
 } Shrunk;
 
+// xs rows x as rank rows, together 1, 2, 4 or 8 products.
 INLINE void dots(int xs, int as, const float *x, int64_t I, const T *a, float weight, float *h, int64_t ldh) {
-    vec sums[4][4];
-    float rest[4][4] = {{0}};
-#pragma GCC unroll 4
-    for (int i = 0; i < xs; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < as; j++)
-            sums[i][j] = all(0);
+    vec sums[8];
+    float rest[8] = {0}, found[8];
+#pragma GCC unroll 8
+    for (int d = 0; d < xs * as; d++)
+        sums[d] = all(0);
     int64_t k = 0;
     for (; k + VL <= I; k += VL) {
         vec own[4];
@@ -40,20 +42,31 @@ INLINE void dots(int xs, int as, const float *x, int64_t I, const T *a, float we
 #pragma GCC unroll 4
         for (int i = 0; i < xs; i++) {
             vec row = load_float(x + i * I + k);
+            asm("" : "+x"(row)); // once, into a register
+
 #pragma GCC unroll 4
             for (int j = 0; j < as; j++)
-                sums[i][j] += row * own[j];
+                sums[i * as + j] += row * own[j];
         }
     }
     for (; k < I; k++)
         for (int i = 0; i < xs; i++)
             for (int j = 0; j < as; j++)
-                rest[i][j] += x[i * I + k] * get(a + j * I + k);
+                rest[i * as + j] += x[i * I + k] * get(a + j * I + k);
+    int d = 0;
+#pragma GCC unroll 2
+    for (; d + 4 <= xs * as; d += 4) {
+        quad four = sums_of_four(sums + d);
+        memcpy(found + d, &four, sizeof four);
+    }
+#pragma GCC unroll 3
+    for (; d < xs * as; d++)
+        found[d] = sum(sums[d]);
 #pragma GCC unroll 4
     for (int i = 0; i < xs; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < as; j++)
-            h[i * ldh + j] = weight * (sum(sums[i][j]) + rest[i][j]);
+            h[i * ldh + j] = weight * (found[i * as + j] + rest[i * as + j]);
 }
 
 // Some rows x some rank rows of one adapter.
@@ -114,8 +127,9 @@ INLINE int has_gains(const Tile *t) {
     return 0;
 }
 
-// y += gain·(y - bias0) + sums + bias for n columns of a tile's rows; sums lie `ld` floats apart.
-INLINE void finish(int64_t rows, const Tile *t, int64_t column, int n, const float *sums, int64_t ld) {
+// y += gain·(y - bias0) + sums + bias for a vector of a tile's columns, of which `left` are there; sums lie
+// `ld` floats apart.
+INLINE void finish_columns(int64_t rows, const Tile *t, int64_t column, int n, const float *sums, int64_t ld) {
     int scales = has_gains(t);
     vec gain = vector_sum(t, t->layer->gain, 1, column, n), bias = vector_sum(t, t->layer->bias, 0, column, n);
     vec bias0 = t->base_bias ? load_part(t->base_bias + column, n) : all(0);
@@ -127,6 +141,13 @@ INLINE void finish(int64_t rows, const Tile *t, int64_t column, int n, const flo
             out += gain * (old - bias0);
         store_part(y, out, n);
     }
+}
+
+static void finish(int64_t rows, const Tile *t, int64_t column, int64_t left, const float *sums, int64_t ld) {
+    if (left >= VL)
+        finish_columns(rows, t, column, VL, sums, ld);
+    else
+        finish_columns(rows, t, column, left, sums, ld);
 }
 
 // sums [rows, size] += h [rows, rank] · b [rank, ...]. Eight rank rows are eight streams, read ahead of their use.
@@ -178,7 +199,66 @@ static void expand(int64_t rows, const Tile *t, int64_t column, int64_t stop) {
         }
     }
     for (int64_t c = column; c < stop; c += VL)
-        finish(rows, t, c, stop - c < VL ? stop - c : VL, sums + c - column, MAX_STRIP);
+        finish(rows, t, c, stop - c, sums + c - column, MAX_STRIP);
+}
+
+#undef CASE
+#define CASE(rows)                                                                                                     \
+    case rows:                                                                                                         \
+        product_of(1, rows, 2, VL, 1, own_h, width, wide, LINE_COLUMNS, ranks, 0, out, LINE_COLUMNS);                             \
+        break;
+
+// sums [rows, PANEL] += h [rows, ranks] · wide [ranks, PANEL], each with rows LINE_COLUMNS apart.
+static void add_panel(int64_t rows, const float *h, int64_t width, const float *wide, int64_t ranks, float *sums) {
+    for (int64_t i = 0; i < rows; i += MAX_TILE) {
+        const float *own_h = h + i * width;
+        float *out = sums + i * LINE_COLUMNS;
+        switch (rows - i < MAX_TILE ? rows - i : MAX_TILE) {
+            FOR_5_ROWS(CASE)
+#if MAX_TILE > 5
+            CASE(6)
+            CASE(7)
+            CASE(8)
+            CASE(9)
+            CASE(10)
+            CASE(11)
+            CASE(12)
+#endif
+        }
+    }
+}
+#undef CASE
+
+// As `expand`, for so many rows that it pays to bring columns together as floats first. They are as many as lie in a
+// line of memory: rows of y are often so far apart that the cache holds few of their lines at once.
+static void expand_many(int64_t rows, const Tile *t, int64_t column, int64_t stop) {
+    const Plan *plan = t->plan;
+    int64_t O = t->layer->num_columns, width = t->shrunk->width[t->group];
+    float sums[CHUNK_ROWS * LINE_COLUMNS], wide[MAX_RANKS * LINE_COLUMNS];
+    for (int64_t c = column; c < stop; c += LINE_COLUMNS) {
+        int64_t size = stop - c < LINE_COLUMNS ? stop - c : LINE_COLUMNS;
+        memset(sums, 0, rows * LINE_COLUMNS * sizeof(float));
+        for (int32_t e = plan->groups[2 * t->group + 1]; e < plan->groups[2 * t->group + 3]; e++) {
+            const Extent *own = t->extents + plan->entries[e];
+            const float *h = t->shrunk->begin[t->group] + (t->first - plan->groups[2 * t->group]) * width;
+            for (int64_t r = 0; r < own->rank; r += MAX_RANKS) {
+                int64_t ranks = own->rank - r < MAX_RANKS ? own->rank - r : MAX_RANKS;
+                const T *b = t->layer->b + (own->start + r) * O + c;
+                for (int64_t i = 0; i < ranks; i++)
+                    for (int64_t j = 0; j < size; j += VL)
+                        store_float(wide + i * LINE_COLUMNS + j, load_part(b + i * O + j, size - j < VL ? size - j : VL));
+                for (int64_t j = 0; j < size; j += PANEL)
+                    add_panel(rows, h + t->shrunk->place[e] + r, width, wide + j, ranks, sums + j);
+            }
+        }
+        for (int64_t i = 0; i < rows; i += MANY_ROWS) {
+            Tile some = *t;
+            some.first += i;
+            for (int64_t j = 0; j < size; j += VL)
+                finish(rows - i < MANY_ROWS ? rows - i : MANY_ROWS, &some, c + j, size - j, sums + i * LINE_COLUMNS + j,
+                       LINE_COLUMNS);
+        }
+    }
 }
 
 // Columns that are one unit of work: an even number of units, for two threads, if that leaves whole panels.
@@ -242,6 +322,10 @@ static void expand_strip(const Call *call, int64_t m, int64_t column, int64_t st
     Tile tile = {plan, layer, plan->extents + m * plan->num_adapters, call->shrunk + m, base_bias, call->y, call->ldy, 0, 0};
     for (tile.group = 0; tile.group < plan->num_groups; tile.group++) {
         rows_in_chunk(plan, tile.group, chunk, &tile.first, &end);
+        if (end - tile.first >= MANY_ROWS) {
+            expand_many(end - tile.first, &tile, column, stop);
+            continue;
+        }
         for (; tile.first < end; tile.first += TILE)
             expand(end - tile.first < TILE ? end - tile.first : TILE, &tile, column, stop);
     }

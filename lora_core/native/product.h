@@ -3,9 +3,10 @@
 #include "vector.h"
 
 // out [rows, parts · VL] (+)= x [rows, size] · numbers [size, ...], of which n columns are there in each vector. Lines of
-// `next`, which is wanted afterwards and lies as `numbers` does, are fetched meanwhile; it may be null.
-INLINE void product(int rows, int parts, int n, int is_sum, const float *x, int64_t ldx, const T *numbers, int64_t ld,
-                    int64_t size, const T *next, float *out, int64_t ldo) {
+// `next`, which is wanted afterwards and lies as `numbers` does, are fetched meanwhile; it may be null. Numbers are of
+// type T, or floats.
+INLINE void product_of(int is_float, int rows, int parts, int n, int is_sum, const float *x, int64_t ldx,
+                       const void *numbers, int64_t ld, int64_t size, const T *next, float *out, int64_t ldo) {
     vec sums[MAX_TILE][4];
 #pragma GCC unroll 12
     for (int r = 0; r < rows; r++)
@@ -17,7 +18,8 @@ INLINE void product(int rows, int parts, int n, int is_sum, const float *x, int6
         vec own[4];
 #pragma GCC unroll 4
         for (int c = 0; c < parts; c++)
-            own[c] = load_part(numbers + j * ld + c * VL, n);
+            own[c] = is_float ? load_float((const float *)numbers + j * ld + c * VL)
+                              : load_part((const T *)numbers + j * ld + c * VL, n);
         if (next)
             __builtin_prefetch(next + j * ld);
 #pragma GCC unroll 12
@@ -33,4 +35,9 @@ INLINE void product(int rows, int parts, int n, int is_sum, const float *x, int6
 #pragma GCC unroll 4
         for (int c = 0; c < parts; c++)
             store_float(out + r * ldo + c * VL, sums[r][c]);
+}
+
+INLINE void product(int rows, int parts, int n, int is_sum, const float *x, int64_t ldx, const T *numbers, int64_t ld,
+                    int64_t size, const T *next, float *out, int64_t ldo) {
+    product_of(0, rows, parts, n, is_sum, x, ldx, numbers, ld, size, next, out, ldo);
 }

@@ -116,6 +116,30 @@ INLINE float sum(vec v) {
     return lanes[0];
 }
 
+typedef float quad __attribute__((vector_size(16)));
+typedef int32_t qmask __attribute__((vector_size(16)));
+
+// Each of four's sum, added up in the order of `sum`.
+INLINE quad sums_of_four(const vec v[4]) {
+    quad folded[4], halves[2];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        quad parts[VL / 4];
+        memcpy(parts, v + i, sizeof parts);
+#if VL == 16
+        parts[0] += parts[2];
+        parts[1] += parts[3];
+#endif
+        folded[i] = parts[0] + parts[1];
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++)
+        halves[i] = __builtin_shuffle(folded[2 * i], folded[2 * i + 1], (qmask){0, 1, 4, 5}) +
+                    __builtin_shuffle(folded[2 * i], folded[2 * i + 1], (qmask){2, 3, 6, 7});
+    return __builtin_shuffle(halves[0], halves[1], (qmask){0, 2, 4, 6}) +
+           __builtin_shuffle(halves[0], halves[1], (qmask){1, 3, 5, 7});
+}
+
 INLINE float highest(vec v) {
     float lanes[VL], out;
     store_float(lanes, v);
