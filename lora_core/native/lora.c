@@ -42,7 +42,9 @@ INLINE void dots(int xs, int as, const float *x, int64_t I, const T *a, float we
 #pragma GCC unroll 4
         for (int i = 0; i < xs; i++) {
             vec row = load_float(x + i * I + k);
+#if VL == 8
             asm("" : "+x"(row)); // once, into a register
+#endif
 
 #pragma GCC unroll 4
             for (int j = 0; j < as; j++)
