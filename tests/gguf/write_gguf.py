@@ -1,0 +1,128 @@
+"""A model of transformers' as the GGUF file that llama.cpp's converter makes of it, by the `gguf` package's writer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf.quants import dequantize, quantize
+from transformers import PreTrainedTokenizerFast
+
+from tests.tiny_folder import tiny_tokenizer
+
+Types = gguf.GGMLQuantizationType
+NORMAL, CONTROL = 1, 3
+ARCHITECTURE = {"mistral": "llama"}
+
+
+def write_gguf(
+    file: Path,
+    model: Any,
+    architecture: str,
+    *,
+    kind: Any = Types.Q8_0,
+    own: Mapping[str, Any] | None = None,
+    tokenizer: Mapping[str, Any] | None = None,
+    extra: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Write `model` and `tiny_tokenizer()`; the model's matrices are rounded in place to what the file then holds.
+
+    Args:
+        kind: of matrices with whole blocks; all else is in 32 bits.
+        own: further keys below the architecture's name; None takes one out.
+        tokenizer: ditto, below `tokenizer.`.
+        extra: further tensors.
+    """
+    name = ARCHITECTURE.get(architecture, architecture)
+    writer = gguf.GGUFWriter(file, name)
+    fields = {f"{name}.{key}": value for key, value in (_own(model.config) | dict(own or {})).items()}
+    fields |= {f"tokenizer.{key}": value for key, value in (_tokenizer() | dict(tokenizer or {})).items()}
+    for key, value in fields.items():
+        _add(writer, key, value)
+    arch = next(one for one, title in gguf.MODEL_ARCH_NAMES.items() if title == name)
+    names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
+    for key, parameter in model.named_parameters():
+        module, _, suffix = key.rpartition(".")
+        values = parameter.detach().numpy()
+        if values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0:
+            blocks = quantize(values, kind)
+            parameter.data = torch.from_numpy(np.array(dequantize(blocks, kind)))
+            writer.add_tensor(f"{names.get_name(module)}.{suffix}", _as_llama_cpp(key, blocks, model, name), raw_dtype=kind)
+        else:
+            writer.add_tensor(f"{names.get_name(module)}.{suffix}", _as_llama_cpp(key, values, model, name))
+    for key, values in (extra or {}).items():
+        writer.add_tensor(key, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _as_llama_cpp(key: str, rows: np.ndarray, model: Any, name: str) -> np.ndarray:
+    """What its converter does to rows: halves of rotated heads interleave in Llama, Gemma's norms have their one."""
+    if name == "llama" and key.endswith(("q_proj.weight", "k_proj.weight")):
+        config = model.config
+        heads = config.num_attention_heads if "q_proj" in key else config.num_key_value_heads
+        halves = rows.reshape(heads, 2, len(rows) // heads // 2, -1)
+        return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows.shape))
+    return rows + np.float32(1) if name.startswith("gemma") and "norm" in key else rows
+
+
+def _own(config: Any) -> dict[str, Any]:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = config.rope_parameters
+    out = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "rope.dimension_count": head_dim,
+        "rope.freq_base": float(rope.get("full_attention", rope)["rope_theta"]),
+    }
+    if config.model_type.startswith("gemma"):
+        out["attention.sliding_window"] = config.sliding_window
+    if config.model_type == "gemma2":
+        out["attn_logit_softcapping"] = config.attn_logit_softcapping
+        out["final_logit_softcapping"] = config.final_logit_softcapping
+    return out
+
+
+def _tokenizer() -> dict[str, Any]:
+    tokenizer: PreTrainedTokenizerFast = tiny_tokenizer()
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    special = set(tokenizer.all_special_tokens)
+    import json
+
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    return {
+        "ggml.model": "gpt2",
+        "ggml.pre": "gpt-2",
+        "ggml.tokens": tokens,
+        "ggml.token_type": [CONTROL if token in special else NORMAL for token in tokens],
+        "ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
+        "ggml.bos_token_id": tokenizer.bos_token_id,
+        "ggml.eos_token_id": tokenizer.eos_token_id,
+        "ggml.padding_token_id": tokenizer.pad_token_id,
+        "ggml.add_bos_token": False,
+        "chat_template": tokenizer.chat_template,
+    }
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif value is not None:
+        writer.add_array(key, value)
