@@ -10,10 +10,10 @@ import torch
 from gguf.quants import dequantize, quantize
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny_folder import tiny_tokenizer
+from tests.tiny_folder import VOCABULARY, tiny_tokenizer
 
 Types = gguf.GGMLQuantizationType
-NORMAL, CONTROL = 1, 3
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 ARCHITECTURE = {"mistral": "llama"}
 
 
@@ -58,6 +58,26 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def as_spm() -> dict[str, Any]:
+    """Fields of a tokenizer as SentencePiece's: bytes, letters and a few longer pieces in their order."""
+    byte_pieces = [f"<0x{value:02X}>" for value in range(256)]
+    letters = ["\u2581", *(chr(code) for code in range(ord("a"), ord("z") + 1))]
+    pieces = ["th", "\u2581th", "\u2581the", "in", "er", "an", "ou", "do", "og", "dog"]
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", *byte_pieces, *letters, *pieces]
+    tokens += [f"<unused{i}>" for i in range(VOCABULARY - len(tokens))]
+    kinds = [CONTROL] * 3 + [UNKNOWN] + [BYTE] * 256 + [NORMAL] * (VOCABULARY - 260)
+    return {
+        "ggml.model": "llama",
+        "ggml.pre": "default",
+        "ggml.tokens": tokens,
+        "ggml.scores": [float(-i) for i in range(VOCABULARY)],
+        "ggml.token_type": kinds,
+        "ggml.merges": None,
+        "ggml.unknown_token_id": 3,
+        "ggml.add_bos_token": True,
+    }
 
 
 def _as_llama_cpp(key: str, rows: np.ndarray, model: Any, name: str) -> np.ndarray:
