@@ -317,10 +317,10 @@ def _asked_weight(module: nn.Module) -> Tensor:
     As exact as the layer computes, which is in the dtype of its scales; it costs as much as a prompt of I tokens.
     """
     layer = cast(Any, module)
-    scales = getattr(layer, "scales", None)
     packed = next(value for name in OPAQUE_NAMES if torch.is_tensor(value := getattr(layer, name, None)))
-    is_floating = torch.is_tensor(scales) and scales.is_floating_point()
-    units = torch.eye(layer.in_features, dtype=scales.dtype if is_floating else torch.float32, device=packed.device)
+    scales: Any = getattr(layer, "scales", None)
+    dtype = scales.dtype if torch.is_tensor(scales) and scales.is_floating_point() else torch.float32
+    units = torch.eye(layer.in_features, dtype=dtype, device=packed.device)
     columns = torch.cat([layer(rows).float() for rows in units.split(ASKED_ROWS)])
     bias = getattr(layer, "bias", None)
     return (columns if bias is None else columns - bias.float()).T.contiguous()

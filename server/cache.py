@@ -1,8 +1,8 @@
 """Folders that can be made again, each made once by whichever process comes first.
 
-    <cache>/<kind>/<name>            finished
-    <cache>/<kind>/<name>.partial    being made, or what a crash left of it
-    <cache>/<kind>/lock              held while one is made; a crash releases it
+<cache>/<kind>/<name>            finished
+<cache>/<kind>/<name>.partial    being made, or what a crash left of it
+<cache>/<kind>/lock              held while one is made; a crash releases it
 """
 
 import fcntl

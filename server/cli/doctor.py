@@ -138,13 +138,8 @@ def _model(model: str, model_bytes: int | None) -> Check:
                 "model", "bad", f"demo: no {', '.join(missing)}", "run `make serve`, or name a folder: --model"
             )
         return Check("model", "ok", "demo")
-    try:
-        if (file := find_gguf(model)) is not None:
-            facts = read_facts(file)
-            found = f"{file.name}, {_gigabytes(file.stat().st_size)} of {facts.rounded or 'floating point'}"
-            return Check("model", "ok", f"{found}, served from {_gigabytes(model_bytes or 0)} of bfloat16")
-    except ServerError as error:
-        return Check("model", "bad", error.message, f"see the README's {error.code}")
+    if (check := _gguf_file(model)) is not None:
+        return check
     folder = Path(model).expanduser()
     if not (folder / "config.json").is_file():
         return Check(
@@ -153,6 +148,19 @@ def _model(model: str, model_bytes: int | None) -> Check:
     if model_bytes is None:
         return Check("model", "bad", f"{model}: no weights", "it needs *.safetensors files, or one GGUF file")
     return Check("model", "ok", f"{model}, {_gigabytes(model_bytes)}")
+
+
+def _gguf_file(model: str) -> Check | None:
+    """Of a GGUF file; None for models in other forms."""
+    try:
+        if (file := find_gguf(model)) is None:
+            return None
+        facts = read_facts(file)
+    except ServerError as error:
+        return Check("model", "bad", error.message)
+    found = f"{file.name}, {_gigabytes(file.stat().st_size)} of {facts.rounded or 'floating point'}"
+    unpacked = _gigabytes(facts.num_parameters * UNPACKED_BYTES)
+    return Check("model", "ok", f"{found}; served as bfloat16, {unpacked}, also on the disk")
 
 
 def _memory(model_bytes: int) -> Check:

@@ -77,7 +77,9 @@ def check_complete(facts: GgufFacts, model: Any) -> None:
     """
     num_read = sum(parameter.numel() for parameter in model.parameters())
     if num_read != facts.num_parameters:
-        raise _refused(f"with {facts.num_parameters} weights, of which transformers' {type(model).__name__} has {num_read}")
+        raise _refused(
+            f"with {facts.num_parameters} weights, of which transformers' {type(model).__name__} has {num_read}"
+        )
 
 
 def end_tokens(facts: GgufFacts) -> list[int]:
@@ -137,16 +139,16 @@ def _scaling(own: Mapping[str, Any]) -> dict[str, Any]:
 
 def _llama3_scaling(freqs: tuple[float, ...], base: float, head_dim: int) -> dict[str, Any]:
     """The parameters of which these divisors of frequencies came."""
-    found = {"rope_type": "llama3", "factor": float(round(max(freqs))), **LLAMA3}
-    low, high, original = (found[key] for key in LLAMA3)
+    low, high, original = LLAMA3.values()
+    factor = float(round(max(freqs)))
     wanted = []
     for i in range(0, head_dim, 2):
         turns = original / (2 * math.pi * base ** (i / head_dim))  # within the original length
         smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
-        wanted.append(1 / ((1 - smooth) / found["factor"] + smooth))
+        wanted.append(1 / ((1 - smooth) / factor + smooth))
     if len(freqs) != len(wanted) or not all(map(_equal, freqs, wanted)):
         raise _refused(f"whose `{ROPE_FREQS}` is not that of Llama 3")
-    return found
+    return {"rope_type": "llama3", "factor": factor} | LLAMA3
 
 
 def _equal(ours: Any, theirs: Any) -> bool:

@@ -130,4 +130,6 @@ def read_facts(file: Path) -> GgufFacts:
             rope_freqs=None if freqs is None else tuple(float(value) for value in freqs.data),
         )
     except Exception as error:  # a file can be wrong in any way
-        raise InvalidRequestError(f"{file.name} is no GGUF file that can be read: {error}", code="model_unsupported") from error
+        raise InvalidRequestError(
+            f"{file.name} is no GGUF file that can be read: {error}", code="model_unsupported"
+        ) from error

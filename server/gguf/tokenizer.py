@@ -55,7 +55,10 @@ def load_tokenizer(file: Path, metadata: Mapping[str, Any], max_length: int) -> 
         return tokenizer
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind == "llama":
-        if not metadata.get("tokenizer.ggml.add_space_prefix", True) and "gemma" not in metadata["general.architecture"]:
+        if (
+            not metadata.get("tokenizer.ggml.add_space_prefix", True)
+            and "gemma" not in metadata["general.architecture"]
+        ):
             raise _refused("adds no space before a text")
     elif kind != "gpt2" or pre not in LIKE_GPT2 | WITH_DIGITS | SPLITS.keys():
         raise _refused(f"is of the kind {kind!r}" if kind != "gpt2" else f"splits texts as {pre!r} does")
@@ -63,7 +66,7 @@ def load_tokenizer(file: Path, metadata: Mapping[str, Any], max_length: int) -> 
         options["add_bos_token"] = pre != "tekken"
     own = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, **options)
     if kind == "gpt2":
-        _set_split(own.backend_tokenizer, pre)
+        _set_split(own.backend_tokenizer, str(pre))
     # Without the architecture's class, which would make it anew from the vocabulary when it is loaded.
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=own.backend_tokenizer,

@@ -25,17 +25,15 @@ BESIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "spe
 SPARE_BYTES = 64 << 20  # tokenizer and what a file system needs
 
 
-def ensure_unpacked(
-    file: Path, dtype: str, *, cache_dir: Path | None = None, report: Callable[[str], None] = lambda line: None
-) -> Path:
+def ensure_unpacked(file: Path, dtype: str, *, report: Callable[[str], None], cache_dir: Path | None = None) -> Path:
     """The folder of a file's model; made by the first call, and again when the file, or a tokenizer beside it, changes.
 
     It may be deleted whenever nobody uses it.
 
     Args:
         dtype: "bfloat16", "float16" or "float32", of the weights.
-        cache_dir: as for `server.cache.default_cache_dir`, which is the default.
         report: is told what is being done, a line at a time.
+        cache_dir: as for `server.cache.default_cache_dir`, which is the default.
 
     Raises:
         InvalidRequestError: `quantization_missing`, or `model_unsupported`, which says what of it is not served.

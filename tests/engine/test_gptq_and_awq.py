@@ -1,10 +1,13 @@
-"""Bases in GPTQ's and AWQ's files, where gptqmodel is installed: each row as PEFT's on a plain model of equal numbers.
+"""Bases in GPTQ's and AWQ's files, by gptqmodel: each row as PEFT's on a plain model of the same numbers.
 
-PEFT refuses DoRA on their layers, so it is compared on that plain model. `tests/real_clients` has an environment of its
-own for it (`test_gptqmodel.py`).
+PEFT refuses DoRA on their layers, so it is compared on that plain model. The package asks for another torch than ours,
+and for much else, so the slow test puts it into a folder of its own and runs this file there.
 """
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +33,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gptq": {"desc_act": False, "sym": True, "checkpoint_format": "gptq"},
     "awq": {"zero_point": True, "version": "gemm"},
 }
+
+HAS_GPTQMODEL = all(find_spec(name) is not None for name in ("gptqmodel", "optimum"))
+GPTQMODEL = "gptqmodel==7.7.0"
+# What it imports and we do not have.
+ITS_NEEDS = (
+    "datasets==5.2.0", "defuser==0.0.28", "device-smi==0.5.7", "dill==0.4.1", "logbar==0.4.15", "multiprocess==0.70.19",
+    "optimum==2.3.0", "pandas==3.1.1", "pillow==13.0.0", "protobuf==7.36.2", "pyarrow==26.0.1", "pypcre==0.6.4",
+    "python-dateutil==4.0.0", "setuptools==84.2.1", "threadpoolctl==3.8.0", "tokenicer==0.0.14",
+)  # fmt: skip
 
 
 def packed(values: Tensor, order: Sequence[int] = range(8)) -> Tensor:
@@ -89,7 +101,7 @@ def write_folder(folder: Path, method: str, seed: int) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")  # gptqmodel's and its dependencies'
-@pytest.mark.skipif(find_spec("gptqmodel") is None or find_spec("optimum") is None, reason="needs gptqmodel, optimum")
+@pytest.mark.skipif(not HAS_GPTQMODEL, reason="needs gptqmodel and optimum")
 @pytest.mark.parametrize("method", OPTIONS)
 def test_rows_of_a_base_of_gptqmodels_equal_peft(method: str, tmp_path: Path) -> None:
     print(f"seed {(seed := random.randrange(1 << 30))}")
@@ -123,3 +135,17 @@ def test_rows_of_a_base_of_gptqmodels_equal_peft(method: str, tmp_path: Path) ->
         errors = (torch.tensor(outcome.logprobs) - wanted).abs()
         print(f"{row}: off by {errors.tolist()}")
         assert float(errors.max()) < 5e-2, row  # the package computes in float16
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(HAS_GPTQMODEL, reason="what it would install is there")
+def test_with_gptqmodel_beside_our_own_packages(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path]
+    subprocess.run([*install, *ITS_NEEDS], check=True, capture_output=True, timeout=900)
+    build = [*install, "--no-build-isolation", GPTQMODEL]
+    subprocess.run(build, check=True, capture_output=True, timeout=900, env=environment)
+    tests = [sys.executable, "-W", "ignore", "-m", "pytest", "-W", "ignore", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(tests, check=False, capture_output=True, text=True, timeout=900, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"{len(OPTIONS)} passed" in done.stdout, done.stdout[-3000:]

@@ -1,9 +1,11 @@
 """GGUF files: what is served is the model that the file was made of, and what would not be is refused by name."""
 
+import json
 import os
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +47,10 @@ def model_of(architecture: str, **changes: Any) -> Any:
     torch.manual_seed(seed)
     config: Any = tiny_models.CONFIGS[architecture]()
     sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": VOCABULARY}
-    if architecture in ("llama", "mistral"):
+    if architecture == "llama":
         sizes["head_dim"] = 16
-    if architecture in ("qwen2", "mistral"):
-        sizes["sliding_window"] = None
     if architecture == "qwen2":
-        sizes |= {"use_sliding_window": False, "layer_types": ["full_attention"] * 2}
+        sizes |= {"use_sliding_window": False, "sliding_window": None, "layer_types": ["full_attention"] * 2}
     for name, value in (sizes | changes).items():
         setattr(config, name, value)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -61,10 +61,10 @@ def model_of(architecture: str, **changes: Any) -> Any:
     return model.eval()
 
 
-def assert_equal(folder: Path, model: Any, length: int = 40) -> Any:
+def assert_equal(folder: Path, model: Any) -> Any:
     """The model in the folder computes what `model` does, with nothing of it missing; returns it."""
     found: Any = load_model(folder, dtype=torch.float32, device=CPU)
-    ids = torch.randint(3, VOCABULARY, (2, length))
+    ids = torch.randint(3, VOCABULARY, (2, 100))
     with torch.no_grad():
         wanted, logits = model(ids).logits, found(ids).logits
     assert float((wanted - logits).abs().max()) < 1e-5 * float(wanted.abs().max())
@@ -86,7 +86,7 @@ def rope_freqs(base: float, head_dim: int, factor: float) -> np.ndarray:
     return np.array(out, dtype=np.float32)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"])
 def test_what_is_unpacked_is_the_model_that_the_file_was_made_of(architecture: str, tmp_path: Path) -> None:
     model = model_of(architecture)
     kind = random.choice([Types.Q8_0, Types.Q4_0, Types.Q5_1, Types.BF16])
@@ -100,7 +100,7 @@ def test_what_is_unpacked_is_the_model_that_the_file_was_made_of(architecture: s
     elif architecture != "llama":
         own = as_spm()
     write_gguf(tmp_path / "m.gguf", model, architecture, kind=kind, tokenizer=own)
-    folder = ensure_unpacked(tmp_path / "m.gguf", "float32", cache_dir=tmp_path, report=print)
+    folder = ensure_unpacked(tmp_path / "m.gguf", "float32", report=print, cache_dir=tmp_path)
     found = assert_equal(folder, model)
     assert quantization_method(folder) == (None if kind == Types.BF16 else "GGUF")
     facts = inspect_model(found)
@@ -119,8 +119,6 @@ def test_what_is_unpacked_is_the_model_that_the_file_was_made_of(architecture: s
 
 
 def gguf_merges(backend: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
     return [tuple(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
 
 
@@ -143,31 +141,27 @@ ROPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", ROPES)
 def test_scaled_rotary_embeddings(name: str, tmp_path: Path) -> None:
     architecture, rope, scaling = ROPES[name]
-    rope = {"rope_theta": 10_000.0} | rope
-    if architecture == "gemma3":
+    rope, changes, tokenizer = {"rope_theta": 10_000.0} | rope, {}, {}
+    if architecture == "gemma3":  # every sixth layer attends to all, which files do not say
         rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}}
-        model = model_of(architecture, rope_parameters=rope, layer_types=["sliding_attention", "full_attention"])
-    else:
-        model = model_of(architecture, rope_parameters=rope)
+        layers = ["sliding_attention"] * 5 + ["full_attention"]
+        changes, tokenizer = {"num_hidden_layers": 6, "layer_types": layers}, as_spm()
+    if architecture == "qwen2":
+        tokenizer = {"ggml.pre": "qwen2"}
+    model = model_of(architecture, rope_parameters=rope, **changes)
     extra = {"rope_freqs.weight": rope_freqs(5e5, 16, 32.0)} if name == "llama3" else {}
     own = {f"rope.scaling.{key}": value for key, value in scaling.items()}
-    tokenizer = {"ggml.pre": "qwen2"} if architecture == "qwen2" else as_spm() if architecture == "gemma3" else {}
-    if architecture == "gemma3":  # two layers, of which the file cannot say that the second attends to all
-        with pytest.raises(InvalidRequestError, match="not served") as caught:
-            write_gguf(tmp_path / "g.gguf", model, architecture, own=own | {"attention.sliding_window_pattern": 2})
-            ensure_unpacked(tmp_path / "g.gguf", "float32", cache_dir=tmp_path)
-        assert caught.value.code == "model_unsupported"
-        layers = ["sliding_attention"] * 5 + ["full_attention"]
-        model = model_of(architecture, rope_parameters=rope, num_hidden_layers=6, layer_types=layers)
     write_gguf(tmp_path / "m.gguf", model, architecture, own=own, extra=extra, tokenizer=tokenizer)
-    assert_equal(ensure_unpacked(tmp_path / "m.gguf", "float32", cache_dir=tmp_path), model, 400)
+    assert_equal(ensure_unpacked(tmp_path / "m.gguf", "float32", report=print, cache_dir=tmp_path), model)
 
 
 def test_a_file_is_served_with_adapters_as_peft_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORAMUX_CACHE", str(tmp_path / "cache"))
-    model = model_of("llama", sliding_window=None)
+    monkeypatch.setattr("server.app.ensure_unpacked", partial(ensure_unpacked, cache_dir=tmp_path))
+    model = model_of("llama")
     (tmp_path / "my-model").mkdir()
-    write_gguf(tmp_path / "my-model" / "m-Q4_0.gguf", model, "llama", kind=Types.Q4_0, tokenizer={"ggml.eot_token_id": 7})
+    write_gguf(
+        tmp_path / "my-model" / "m-Q4_0.gguf", model, "llama", kind=Types.Q4_0, tokenizer={"ggml.eot_token_id": 7}
+    )
     settings = Settings(
         model=str(tmp_path / "my-model"), store=tmp_path / "store", device="cpu", dtype="float32", kv_memory=1 << 22,
         max_slots=2, slot_memory=1 << 24, host_memory=1 << 24,
@@ -202,7 +196,7 @@ def test_a_file_is_served_with_adapters_as_peft_does(tmp_path: Path, monkeypatch
 def test_dtypes_quantizing_and_jobs(tmp_path: Path) -> None:
     model = model_of("llama")
     write_gguf(tmp_path / "m.gguf", model, "llama")
-    folder = ensure_unpacked(tmp_path / "m.gguf", "bfloat16", cache_dir=tmp_path)
+    folder = ensure_unpacked(tmp_path / "m.gguf", "bfloat16", report=print, cache_dir=tmp_path)
     base = read_base(folder)
     for name, value in model.state_dict().items():
         assert torch.equal(base.tensors[name], value.bfloat16()), name
@@ -230,9 +224,11 @@ def test_a_tokenizer_beside_the_file_is_taken(tmp_path: Path) -> None:
     tokenizer.chat_template = None
     write_gguf(tmp_path / "m.gguf", model_of("llama"), "llama", tokenizer={"ggml.pre": "of its own"})
     with pytest.raises(InvalidRequestError, match=r"'of its own' does.*tokenizer.json .*beside"):
-        ensure_unpacked(tmp_path / "m.gguf", "float32", cache_dir=tmp_path)
+        ensure_unpacked(tmp_path / "m.gguf", "float32", report=print, cache_dir=tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    saved: Any = AutoTokenizer.from_pretrained(ensure_unpacked(tmp_path / "m.gguf", "float32", cache_dir=tmp_path))
+    saved: Any = AutoTokenizer.from_pretrained(
+        ensure_unpacked(tmp_path / "m.gguf", "float32", report=print, cache_dir=tmp_path)
+    )
     assert [saved(text).input_ids for text in TEXTS] == [tokenizer(text).input_ids for text in TEXTS]
     assert saved.chat_template == tiny_tokenizer().chat_template
 
@@ -242,7 +238,7 @@ def test_it_is_unpacked_once_until_the_file_changes(tmp_path: Path, monkeypatch:
     lines: list[str] = []
 
     def folder(dtype: str) -> Path:
-        return ensure_unpacked(file, dtype, cache_dir=tmp_path, report=lines.append)
+        return ensure_unpacked(file, dtype, report=lines.append, cache_dir=tmp_path)
 
     assert folder("float32") == folder("float32") != folder("bfloat16")
     assert sum("unpacking" in line for line in lines) == 2
@@ -300,7 +296,7 @@ def test_files_that_are_broken_or_of_another_architecture(spoil: Callable[[Path]
     write_gguf(file := tmp_path / "m.gguf", model_of("llama"), "llama")
     spoil(file)
     with pytest.raises(InvalidRequestError) as caught:
-        ensure_unpacked(file, "float32", cache_dir=tmp_path)
+        ensure_unpacked(file, "float32", report=print, cache_dir=tmp_path)
     assert caught.value.code == "model_unsupported"
     assert not any(path.is_dir() for path in tmp_path.glob("gguf/*"))
 
@@ -331,4 +327,4 @@ def test_which_file_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_doctor_says_what_a_file_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_gguf(tmp_path / "m.gguf", model_of("llama"), "llama")
     doctor(str(tmp_path), tmp_path / "store", False, "http://127.0.0.1:9", None, True)
-    assert "m.gguf, 0.0 GiB of Q8_0, served from" in capsys.readouterr().out
+    assert "m.gguf, 0.0 GiB of Q8_0; served as bfloat16" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """A model of transformers' as the GGUF file that llama.cpp's converter makes of it, by the `gguf` package's writer."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from tests.tiny_folder import VOCABULARY, tiny_tokenizer
 
 Types = gguf.GGMLQuantizationType
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
-ARCHITECTURE = {"mistral": "llama"}
 
 
 def write_gguf(
@@ -35,13 +35,12 @@ def write_gguf(
         tokenizer: ditto, below `tokenizer.`.
         extra: further tensors.
     """
-    name = ARCHITECTURE.get(architecture, architecture)
-    writer = gguf.GGUFWriter(file, name)
-    fields = {f"{name}.{key}": value for key, value in (_own(model.config) | dict(own or {})).items()}
+    writer = gguf.GGUFWriter(file, architecture)
+    fields = {f"{architecture}.{key}": value for key, value in (_own(model.config) | dict(own or {})).items()}
     fields |= {f"tokenizer.{key}": value for key, value in (_tokenizer() | dict(tokenizer or {})).items()}
     for key, value in fields.items():
         _add(writer, key, value)
-    arch = next(one for one, title in gguf.MODEL_ARCH_NAMES.items() if title == name)
+    arch = next(one for one, title in gguf.MODEL_ARCH_NAMES.items() if title == architecture)
     names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
     for key, parameter in model.named_parameters():
         module, _, suffix = key.rpartition(".")
@@ -49,9 +48,11 @@ def write_gguf(
         if values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0:
             blocks = quantize(values, kind)
             parameter.data = torch.from_numpy(np.array(dequantize(blocks, kind)))
-            writer.add_tensor(f"{names.get_name(module)}.{suffix}", _as_llama_cpp(key, blocks, model, name), raw_dtype=kind)
+            writer.add_tensor(
+                f"{names.get_name(module)}.{suffix}", _as_llama_cpp(key, blocks, model, architecture), raw_dtype=kind
+            )
         else:
-            writer.add_tensor(f"{names.get_name(module)}.{suffix}", _as_llama_cpp(key, values, model, name))
+            writer.add_tensor(f"{names.get_name(module)}.{suffix}", _as_llama_cpp(key, values, model, architecture))
     for key, values in (extra or {}).items():
         writer.add_tensor(key, values)
     writer.write_header_to_file()
@@ -118,8 +119,6 @@ def _tokenizer() -> dict[str, Any]:
     tokenizer: PreTrainedTokenizerFast = tiny_tokenizer()
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     special = set(tokenizer.all_special_tokens)
-    import json
-
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     return {
         "ggml.model": "gpt2",
