@@ -1,5 +1,6 @@
 """A GGUF file unpacked into a Hugging Face folder, weights in floating point, tokenizer and chat template with them."""
 
+import errno
 import hashlib
 import io
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from server.cache import default_cache_dir, made_once
-from server.errors import InvalidRequestError, ServerError, StorageFullError
+from server.errors import InvalidRequestError, ServerError, StorageFullError, UnavailableError
 from server.gguf.settle import check_complete, end_tokens, settle_config
 from server.gguf.source import MARK, GgufFacts, check_packages, read_facts
 from server.gguf.tokenizer import check_saved, load_tokenizer
@@ -22,6 +23,7 @@ __all__ = ["ensure_unpacked", "unpack"]
 FORMAT = 1
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BESIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 SPARE_BYTES = 64 << 20  # tokenizer and what a file system needs
 
 
@@ -38,6 +40,7 @@ def ensure_unpacked(file: Path, dtype: str, *, report: Callable[[str], None], ca
     Raises:
         InvalidRequestError: `quantization_missing`, or `model_unsupported`, which says what of it is not served.
         StorageFullError: the disk has no room for the weights.
+        UnavailableError: code `storage_unavailable`, the cache folder cannot be written.
     """
     folder = (cache_dir or default_cache_dir()) / "gguf" / f"{file.stem}-{_key(file, dtype)}"
     if folder.is_dir():
@@ -59,7 +62,14 @@ def ensure_unpacked(file: Path, dtype: str, *, report: Callable[[str], None], ca
             (partial / MARK).write_text(json.dumps(mark), encoding="utf-8")
         report(f"{file.name} was unpacked in {time.monotonic() - start:.0f} s")
 
-    return made_once(folder, make)
+    try:
+        return made_once(folder, make)
+    except OSError as error:
+        advice = "LORAMUX_CACHE names another one"
+        if error.errno in FULL:
+            raise StorageFullError(f"the cache folder has no space left: {advice}") from error
+        reason = f"the cache folder cannot be written: {error.strerror}"
+        raise UnavailableError(f"{reason}; {advice}", code="storage_unavailable") from error
 
 
 def unpack(file: Path, folder: Path, dtype: str, *, facts: GgufFacts | None = None) -> None:

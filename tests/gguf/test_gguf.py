@@ -22,7 +22,7 @@ from server.app import build_server
 from server.cli.doctor import doctor
 from server.engine import EngineLoop, Quantization
 from server.engine.model import inspect_model, load_model
-from server.errors import InvalidRequestError, ServerError, StorageFullError
+from server.errors import InvalidRequestError, ServerError, StorageFullError, UnavailableError
 from server.gguf import ensure_unpacked, find_gguf, source, unpack
 from server.jobs.original import quantization_method, require_unquantized
 from server.jobs.tasks import merge
@@ -116,6 +116,13 @@ def test_what_is_unpacked_is_the_model_that_the_file_was_made_of(architecture: s
             assert ids[0] == 1
             # Phi's has a space after special tokens, as its own has.
             assert saved.decode(ids[1:]).strip().replace("</s>  ", "</s> ") == text.strip()
+
+
+@pytest.mark.parametrize("kind", [Types.Q4_K, Types.Q6_K])
+def test_k_quants(kind: Any, tmp_path: Path) -> None:
+    model = model_of("llama", hidden_size=256, intermediate_size=256, head_dim=64)
+    write_gguf(tmp_path / "m.gguf", model, "llama", kind=kind)
+    assert_equal(ensure_unpacked(tmp_path / "m.gguf", "float32", report=print, cache_dir=tmp_path), model)
 
 
 def gguf_merges(backend: Tokenizer) -> list[tuple[str, str]]:
@@ -250,6 +257,10 @@ def test_it_is_unpacked_once_until_the_file_changes(tmp_path: Path, monkeypatch:
     with pytest.raises(StorageFullError, match="LORAMUX_CACHE"):
         folder("float16")
     assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == left
+    (tmp_path / "file").touch()
+    with pytest.raises(UnavailableError, match="cannot be written: Not a directory") as caught:
+        ensure_unpacked(file, "float32", report=print, cache_dir=tmp_path / "file")
+    assert caught.value.code == "storage_unavailable"
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from tests.tiny_folder import VOCABULARY, tiny_tokenizer
 
 Types = gguf.GGMLQuantizationType
+# Where blocks have scales of scales in 16 bits, and values for which the numbers are small.
+SCALES_AT = {Types.Q4_K: {0: 1e-3, 2: 7e-3}, Types.Q6_K: {208: 1e-4}}
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 
 
@@ -30,7 +32,7 @@ def write_gguf(
     """Write `model` and `tiny_tokenizer()`; the model's matrices are rounded in place to what the file then holds.
 
     Args:
-        kind: of matrices with whole blocks; all else is in 32 bits.
+        kind: of matrices with whole blocks, at random in K-quants; all else is in 32 bits.
         own: further keys below the architecture's name; None takes one out.
         tokenizer: ditto, below `tokenizer.`.
         extra: further tensors.
@@ -46,7 +48,7 @@ def write_gguf(
         module, _, suffix = key.rpartition(".")
         values = parameter.detach().numpy()
         if values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0:
-            blocks = quantize(values, kind)
+            blocks = _random_blocks(values, kind) if kind in SCALES_AT else quantize(values, kind)
             parameter.data = torch.from_numpy(np.array(dequantize(blocks, kind)))
             writer.add_tensor(
                 f"{names.get_name(module)}.{suffix}", _as_llama_cpp(key, blocks, model, architecture), raw_dtype=kind
@@ -59,6 +61,15 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _random_blocks(values: np.ndarray, kind: Any) -> np.ndarray:
+    """Blocks of a type that the package reads and does not write: any bits are numbers, but for the scales."""
+    in_block, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = np.random.randint(0, 256, (*values.shape[:-1], values.shape[-1] // in_block, num_bytes), dtype=np.uint8)
+    for place, scale in SCALES_AT[kind].items():
+        blocks[..., place : place + 2] = np.frombuffer(np.float16(scale).tobytes(), dtype=np.uint8)
+    return blocks.reshape(*values.shape[:-1], -1)
 
 
 def as_spm() -> dict[str, Any]:
