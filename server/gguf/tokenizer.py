@@ -31,7 +31,9 @@ LIKE_GPT2 = frozenset({"gpt-2", "phi-2", "olmo"})
 WITH_DIGITS = frozenset({"smollm"})
 # Whose tokens are taken whole where a piece of the text is one, whatever the merges say.
 WHOLE_PIECES = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"})
+STARTED = WHOLE_PIECES - {"tekken"}  # before whose texts llama.cpp puts the start token, unless files say otherwise
 COMPOSED = frozenset({"qwen2", "deepseek-r1-qwen"})  # characters are composed first (NFC)
+WHOLE_TOKENS = ("bos", "eos", "eot", "eom")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 PROBE = " It's 12345, or 3.14\n\n  e\u0301 \u65e5\u672c\u8a9e \N{WAVING HAND SIGN}! don't</s> "
 
@@ -62,8 +64,8 @@ def load_tokenizer(file: Path, metadata: Mapping[str, Any], max_length: int) -> 
             raise _refused("adds no space before a text")
     elif kind != "gpt2" or pre not in LIKE_GPT2 | WITH_DIGITS | SPLITS.keys():
         raise _refused(f"is of the kind {kind!r}" if kind != "gpt2" else f"splits texts as {pre!r} does")
-    if pre in WHOLE_PIECES and "tokenizer.ggml.add_bos_token" not in metadata:
-        options["add_bos_token"] = pre != "tekken"
+    starts = bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in STARTED))
+    options["add_bos_token"] = starts
     own = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, **options)
     if kind == "gpt2":
         _set_split(own.backend_tokenizer, str(pre))
@@ -75,6 +77,7 @@ def load_tokenizer(file: Path, metadata: Mapping[str, Any], max_length: int) -> 
         **{name: token for name, token in own.special_tokens_map.items() if name in SPECIAL_TOKENS},
     )
     tokenizer.chat_template = own.chat_template
+    _check_special_tokens(tokenizer, metadata, starts=starts)
     return tokenizer
 
 
@@ -90,6 +93,19 @@ def check_saved(tokenizer: Any, folder: Path) -> None:
     texts = (PROBE, "".join(map(str, tokenizer.special_tokens_map.values())))
     if any(saved(text).input_ids != tokenizer(text).input_ids for text in texts) or len(saved) != len(tokenizer):
         raise _refused("is not that of its architecture")
+
+
+def _check_special_tokens(tokenizer: Any, metadata: Mapping[str, Any], *, starts: bool) -> None:
+    """Refuse what older versions of transformers make of some: no start of a text, pieces of tokens, no spaces."""
+    found = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in WHOLE_TOKENS}
+    ids = [int(token_id) for token_id in found.values() if token_id is not None]
+    whole = [tokenizer(tokenizer.convert_ids_to_tokens(i), add_special_tokens=False).input_ids == [i] for i in ids]
+    is_started = found["bos"] is not None and tokenizer("a").input_ids[:1] == [found["bos"]]
+    has_spaces = tokenizer.decode(tokenizer("a b").input_ids).endswith("a b")
+    if not all(whole) or not has_spaces or is_started != starts:
+        import transformers  # noqa: PLC0415
+
+        raise _refused(f"has tokens that transformers {transformers.__version__} passes over (5.23 does not)")
 
 
 def _set_split(backend: Any, pre: str) -> None:
