@@ -2,8 +2,8 @@
 
 Formats: LLM.int8() (Dettmers et al. 2022), NF4 and FP4 (QLoRA, Dettmers et al. 2023). bitsandbytes is known here, in
 `quant_files` and in `quant_product` only, and imported where such a weight is met. torchao's tensors tell their numbers
-themselves. Layers of other packages (GPTQ, AWQ) compute, and keep their numbers to themselves: adapters that need none
-of them work.
+themselves. Layers of other packages (GPTQ, AWQ) compute, and keep their numbers to themselves: they are told by what
+the layer makes of each input alone.
 
 A trap on CPUs with AVX512-BF16: the first forward in evaluation mode repacks a 4-bit weight in place, rounding its
 scales to bfloat16, after which bitsandbytes' own dequantization returns noise. `keep_layout` prevents it for layers
@@ -43,6 +43,8 @@ KINDS = ("nf4", "fp4", "int8")
 BLOCK_SIZE = 64  # numbers that share a scale in 4 bits; bitsandbytes' default
 # Under which GPTQ, AWQ and compressed-tensors hold what they make of a weight.
 OPAQUE_NAMES = ("qweight", "weight_packed")
+# Inputs that such a layer is asked for at once.
+ASKED_ROWS = 1024
 REPACKED_ROWS = 32  # whose nibbles the CPU's kernel takes together
 
 
@@ -68,6 +70,8 @@ def dequantized_weight(module: nn.Module) -> Tensor:
     bits = num_bits(weight)
     if _is_torchao(weight):
         return cast(Tensor, weight.dequantize()).float()
+    if bits is None and is_opaque_linear(module):
+        return _asked_weight(module)
     if bits is None:
         raise UnsupportedError(
             f"the weight of a {type(module).__name__} is in a form that cannot be read, which DoRA and merging need"
@@ -304,6 +308,22 @@ def _is_torchao(weight: Any) -> bool:
     return any(kind.__module__.startswith("torchao.") for kind in type(weight).__mro__) and hasattr(
         weight, "dequantize"
     )
+
+
+@torch.no_grad()
+def _asked_weight(module: nn.Module) -> Tensor:
+    """The weight [O, I] of a layer of another package, in float32: its outputs for the unit vectors, less its bias.
+
+    As exact as the layer computes, which is in the dtype of its scales; it costs as much as a prompt of I tokens.
+    """
+    layer = cast(Any, module)
+    packed = next(value for name in OPAQUE_NAMES if torch.is_tensor(value := getattr(layer, name, None)))
+    scales: Any = getattr(layer, "scales", None)
+    dtype = scales.dtype if torch.is_tensor(scales) and scales.is_floating_point() else torch.float32
+    units = torch.eye(layer.in_features, dtype=dtype, device=packed.device)
+    columns = torch.cat([layer(rows).float() for rows in units.split(ASKED_ROWS)])
+    bias = getattr(layer, "bias", None)
+    return (columns if bias is None else columns - bias.float()).T.contiguous()
 
 
 def _dequantize_repacked(values: Tensor, state: Any) -> Tensor:

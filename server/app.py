@@ -31,15 +31,16 @@ from server.api.routers import ROUTERS
 from server.auth.audit import AuditLog
 from server.auth.key_file import KeyFile
 from server.auth.limits import Limiter
+from server.cache import default_cache_dir
 from server.delivery import Delivery
-from server.demo import demo_adapters
-from server.demo.model import default_cache_dir, ensure_demo_model
+from server.demo import demo_adapters, ensure_demo_model
 from server.drain import Drain
 from server.engine import EngineConfig, EngineLoop, Fairness, ModelRunner, Quantization, load_runner
 from server.engine.device_step import what_kernels_lack
 from server.engine.selfcheck import check_against_reference
 from server.errors import InvalidRequestError, NotFoundError
 from server.generation import GenerationService
+from server.gguf import ensure_unpacked, find_gguf
 from server.jobs.conversion import ConversionProcess
 from server.jobs.handlers import AdapterJobs, ServedWeights
 from server.jobs.queue import JobQueue
@@ -103,9 +104,9 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
     settle_memory()
     keys, audit = _access(settings)
     num_threads = settings.threads or torch.get_num_threads()
-    path, model_id = _model_path(settings, report)
-    torch.set_num_threads(1)  # see EngineLoop: no team of threads but the engine's
     device, dtype = _device_and_dtype(settings)
+    path, model_id = _model_path(settings, dtype, report)
+    torch.set_num_threads(1)  # see EngineLoop: no team of threads but the engine's
     quantization = Quantization(settings.quantization, settings.double_quant)
     form = "" if quantization.kind == "none" else f"{quantization.kind}, "
     report(f"loading {model_id} ({form}{str(dtype).removeprefix('torch.')}, {device})")
@@ -265,14 +266,17 @@ def _access(settings: Settings) -> tuple[KeyFile | None, AuditLog | None]:
     return keys, audit
 
 
-def _model_path(settings: Settings, report: Report) -> tuple[Path, str]:
+def _model_path(settings: Settings, dtype: torch.dtype, report: Report) -> tuple[Path, str]:
     """The model's folder and the name under which it is served."""
     if settings.model == DEMO:
         return ensure_demo_model(report=report), settings.served_model_name or "smollm2-135m-instruct"
     path = Path(settings.model).expanduser()
+    if (gguf := find_gguf(path)) is not None:
+        name = settings.served_model_name or (gguf.stem if path.is_file() else path.resolve().name)
+        return ensure_unpacked(gguf, str(dtype).removeprefix("torch."), report=report), name
     if not (path / "config.json").is_file():
         raise InvalidRequestError(
-            f"{path} is no Hugging Face model folder: there is no config.json", code="model_not_found"
+            f"{path} is no Hugging Face model folder, nor a GGUF file: there is no config.json", code="model_not_found"
         )
     return path, settings.served_model_name or path.resolve().name
 

@@ -14,7 +14,7 @@ class Settings(BaseModel):
     """One value per flag of `loramux serve`; every flag can also be given as LORAMUX_<NAME>.
 
     Attributes:
-        model: "demo", or a local Hugging Face folder.
+        model: "demo", a local Hugging Face folder, or a GGUF file or a folder with one.
         keys: file of API keys; None lets everybody do everything.
         audit_log: by default beside the keys, if there are any.
         allow_open: on an address that others can reach, too.

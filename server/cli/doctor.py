@@ -15,13 +15,16 @@ import typer
 from loramux_client import APIStatusError, Client, LoraMuxError, RetryPolicy
 from server.cli.connection import ApiKey, AsJson, ServerUrl
 from server.cli.console import show_json, show_table
+from server.errors import ServerError
 from server.failpoints import FAILPOINTS
+from server.gguf import find_gguf, read_facts
 from server.memory import DEFAULT_KV_BYTES, free_host_bytes
 from server.settings import Settings
 
 __all__ = ["Check", "doctor"]
 
 DEFAULTS = Settings()
+UNPACKED_BYTES = 2  # of a weight out of a GGUF file
 WORKING_BYTES = 1 << 30  # beside the model: Python, PyTorch, and a step's activations
 
 
@@ -115,9 +118,14 @@ def _products() -> Iterator[Check]:
 
 
 def _model_bytes(model: str) -> int | None:
-    """Size of the model's weights on the disk; None if they are not there."""
+    """Size of the model's weights on the disk, those of a GGUF file unpacked; None if they are not there."""
     if model == DEFAULTS.model:
         return 270 << 20
+    try:
+        if (file := find_gguf(model)) is not None:
+            return read_facts(file).num_parameters * UNPACKED_BYTES
+    except ServerError:
+        return None
     sizes = [path.stat().st_size for path in Path(model).expanduser().glob("*.safetensors")]
     return sum(sizes) if sizes else None
 
@@ -130,14 +138,29 @@ def _model(model: str, model_bytes: int | None) -> Check:
                 "model", "bad", f"demo: no {', '.join(missing)}", "run `make serve`, or name a folder: --model"
             )
         return Check("model", "ok", "demo")
+    if (check := _gguf_file(model)) is not None:
+        return check
     folder = Path(model).expanduser()
     if not (folder / "config.json").is_file():
         return Check(
             "model", "bad", f"{model}: no config.json", "name a folder of a Hugging Face causal language model"
         )
     if model_bytes is None:
-        return Check("model", "bad", f"{model}: no weights", "it needs *.safetensors files")
+        return Check("model", "bad", f"{model}: no weights", "it needs *.safetensors files, or one GGUF file")
     return Check("model", "ok", f"{model}, {_gigabytes(model_bytes)}")
+
+
+def _gguf_file(model: str) -> Check | None:
+    """Of a GGUF file; None for models in other forms."""
+    try:
+        if (file := find_gguf(model)) is None:
+            return None
+        facts = read_facts(file)
+    except ServerError as error:
+        return Check("model", "bad", error.message)
+    found = f"{file.name}, {_gigabytes(file.stat().st_size)} of {facts.rounded or 'floating point'}"
+    unpacked = _gigabytes(facts.num_parameters * UNPACKED_BYTES)
+    return Check("model", "ok", f"{found}; served as bfloat16, {unpacked}, also on the disk")
 
 
 def _memory(model_bytes: int) -> Check:

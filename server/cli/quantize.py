@@ -15,7 +15,7 @@ DEMO = "demo"
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help='"demo", or a local Hugging Face model folder.')],
+    model: Annotated[str, typer.Argument(help='"demo", a local Hugging Face model folder, or a GGUF file.')],
     out: Annotated[Path, typer.Argument(help="The new folder.")],
     kind: Annotated[str, typer.Option("--quantization", help='"nf4", "fp4" or "int8".')] = "nf4",
     double_quant: Annotated[
@@ -36,9 +36,12 @@ def quantize(
 
     from server.demo.model import ensure_demo_model  # noqa: PLC0415
     from server.engine import Quantization, save_quantized  # noqa: PLC0415
+    from server.gguf import ensure_unpacked, find_gguf  # noqa: PLC0415
 
     try:
         source = ensure_demo_model(report=report) if model == DEMO else Path(model).expanduser()
+        if (gguf := find_gguf(source)) is not None:
+            source = ensure_unpacked(gguf, dtype, report=report)
         num_bytes = save_quantized(
             source,
             out,

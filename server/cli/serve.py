@@ -27,7 +27,9 @@ SWITCH_INTERVAL_S = 0.0005
 
 
 def serve(
-    model: Annotated[str, option("--model", '"demo", or a local Hugging Face model folder.')] = DEFAULTS.model,
+    model: Annotated[
+        str, option("--model", '"demo", a local Hugging Face model folder, or a GGUF file.')
+    ] = DEFAULTS.model,
     store: Annotated[Path, option("--store", "Folder that keeps uploaded adapters.")] = DEFAULTS.store,
     host: Annotated[str, option("--host", "Address to listen on.")] = DEFAULTS.host,
     port: Annotated[int, option("--port", "Port to listen on.")] = DEFAULTS.port,

@@ -4,18 +4,24 @@ import json
 from pathlib import Path
 
 from server.errors import InvalidRequestError
+from server.gguf import MARK
 
-__all__ = ["quantization_method", "require_unquantized"]
+__all__ = ["GGUF", "quantization_method", "require_unquantized"]
+
+GGUF = "GGUF"
 
 
 def quantization_method(folder: Path) -> str | None:
-    """How a model's files are quantized: "bitsandbytes" or another method's name; None if they are not."""
+    """How a model's files are quantized: "bitsandbytes" or another method's name; None if they are not.
+
+    "GGUF" is that of a folder that was made of a file with rounded weights, or that holds such files only.
+    """
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     except (OSError, ValueError, AttributeError):  # whoever reads the model says what is wrong with it
-        return None
+        return GGUF if any(folder.glob("*.gguf")) else None
     if found is None:
-        return None
+        return GGUF if (folder / MARK).is_file() else None
     # Early files of bitsandbytes do not say the method.
     method = str(found.get("quant_method", "bitsandbytes")) if isinstance(found, dict) else "an unknown method"
     return "bitsandbytes" if method.startswith("bitsandbytes") else method

@@ -3,7 +3,6 @@
 import json
 import random
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
-from lora_core import UnsupportedError, fold_adapter, load_adapter
+from lora_core import fold_adapter, load_adapter
 from server.app import build_server
 from server.engine import EngineConfig, EngineLoop, load_runner
 from server.engine import quantization as module
@@ -113,75 +111,6 @@ def test_rows_of_a_compressed_tensors_base_equal_peft(scheme: str, tmp_path: Pat
         assert float(errors.max()) <= tolerance, row
         assert float(errors.median()) <= tolerance / 4, row
         assert row == "base" or float((before - logits).abs().max()) > tolerance
-
-
-def packed(values: torch.Tensor) -> torch.Tensor:
-    """[N, M] numbers of 4 bits -> [N / 8, M] int32, the first one lowest."""
-    eights = values.to(torch.int64).unflatten(0, (-1, 8))
-    out = sum(eights[:, i] << (4 * i) for i in range(8))
-    return ((out + 2**31) % 2**32 - 2**31).to(torch.int32).contiguous()  # type: ignore[operator]
-
-
-def write_gptq_folder(folder: Path, seed: int, group: int = 32) -> Any:
-    """A tiny model in GPTQ's form, rounded to nearest; returns the plain model with the same numbers."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=384, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.2, max_position_embeddings=512, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
-    full: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    tensors = {}
-    for name, layer in full.named_modules():
-        if isinstance(layer, nn.Linear) and name != "lm_head":
-            groups = layer.weight.detach().T.unflatten(0, (-1, group))  # [I / group, group, O]
-            scales = (groups.abs().amax(1) / 7).half()
-            rounded = (groups / scales[:, None].float()).round().clamp(-8, 7)
-            tensors[f"{name}.qweight"] = packed((rounded + 8).flatten(0, 1))
-            tensors[f"{name}.qzeros"] = packed(torch.full_like(scales, 8 - 1).T).T.contiguous()  # less one, as files do
-            tensors[f"{name}.scales"] = scales
-            tensors[f"{name}.g_idx"] = torch.arange(layer.in_features, dtype=torch.int32) // group
-            layer.weight.data = (rounded * scales[:, None].float()).flatten(0, 1).T.contiguous()
-    for name, value in full.state_dict().items():
-        if f"{name.removesuffix('.weight')}.qweight" not in tensors:
-            tensors[name] = value
-    config.quantization_config = {
-        "quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False, "sym": True,
-        "checkpoint_format": "gptq",
-    }  # fmt: skip
-    config.save_pretrained(folder)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return full
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # gptqmodel's and its dependencies'
-@pytest.mark.skipif(find_spec("gptqmodel") is None or find_spec("optimum") is None, reason="needs gptqmodel, optimum")
-def test_lora_on_a_gptq_base_equals_peft_and_dora_is_refused(tmp_path: Path) -> None:
-    print(f"seed {(seed := random.randrange(1 << 30))}")
-    full = write_gptq_folder(tmp_path / "base", seed)
-    config = EngineConfig(max_running=4, max_step_tokens=19, max_slots=2, block_size=4, kv_bytes=1 << 24)
-    runner = load_runner(tmp_path / "base", config, dtype=torch.float32, device=CPU)
-    assert runner.quantization == "gptq"
-    assert check_against_reference(runner) < 2e-2
-    adapter = peft_adapters.peft_model(full, "llama", seed, std=0.1, **peft_adapters.VARIANTS["rank16"])
-    saved = peft_adapters.save(adapter, tmp_path / "a")
-    runner.bank.load(0, fold_adapter(load_adapter(saved), runner.model, dtype=torch.float32))
-    references = {"base": full, "lora": adapter}
-    prompts = [[random.randrange(3, 300) for _ in range(random.randint(1, 30))] for _ in references]
-    driver = Driver(engine := EngineLoop(runner))
-    for number, prompt in enumerate(prompts):
-        driver.submit(prompt, greedy(NUM_TOKENS), FixedLease({0: 1.0} if number else {}))
-    engine.start()
-    outcomes = driver.wait()
-    engine.close()
-    for reference, prompt, outcome in zip(references.values(), prompts, outcomes, strict=True):
-        with torch.no_grad():
-            logits = reference(input_ids=torch.tensor([prompt + outcome.tokens[:-1]])).logits[0, len(prompt) - 1 :]
-        wanted = logits.log_softmax(-1)[range(NUM_TOKENS), outcome.tokens]
-        assert float((torch.tensor(outcome.logprobs) - wanted).abs().max()) < 5e-2  # the package's scales are float16
-    dora = peft_adapters.peft_model(full, "llama", seed, **peft_adapters.VARIANTS["dora"])
-    with pytest.raises(UnsupportedError, match="cannot be read"):
-        fold_adapter(load_adapter(peft_adapters.save(dora, tmp_path / "d")), runner.model, dtype=torch.float32)
 
 
 METHODS: dict[str, tuple[dict[str, Any], str]] = {

@@ -298,15 +298,17 @@ class OpaqueLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, None
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         self.register_buffer("qweight", (linear.weight * 64).round().to(torch.int8))
 
     def forward(self, x: Any) -> Any:
-        return x @ (self.qweight.to(x) / 64).T
+        out = x @ (self.qweight.to(x) / 64).T
+        return out if self.bias is None else out + self.bias
 
 
-def test_lora_works_where_the_weight_cannot_be_read_and_dora_is_refused(tmp_path: Path) -> None:
-    write_tiny_folder(tmp_path / "base", "llama", seed := random.randrange(1 << 30))
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # the second has biases
+def test_layers_of_other_packages_are_asked_for_their_weight_and_not_written(architecture: str, tmp_path: Path) -> None:
+    write_tiny_folder(tmp_path / "base", architecture, seed := random.randrange(1 << 30))
     model: Any = load_model(tmp_path / "base", dtype=torch.float32, device=CPU)
     full = copy.deepcopy(model)
     for name, layer in list(model.named_modules()):
@@ -318,22 +320,22 @@ def test_lora_works_where_the_weight_cannot_be_read_and_dora_is_refused(tmp_path
     runner = ModelRunner(model, EngineConfig(max_running=4, max_slots=2, kv_bytes=1 << 24))
     check_against_reference(runner)
     adapters = {
-        name: peft_adapters.peft_model(full, "llama", seed, **peft_adapters.VARIANTS[name])
-        for name in ("rank4", "dora")
+        name: peft_adapters.peft_model(full, architecture, seed, **peft_adapters.VARIANTS[name])
+        for name in ("rank4", "dora16")
     }
     folders = {name: peft_adapters.save(adapter, tmp_path / name) for name, adapter in adapters.items()}
-    runner.bank.load(0, fold_adapter(load_adapter(folders["rank4"]), runner.model, dtype=torch.float32))
     driver = Driver(engine := EngineLoop(runner))
     prompt = [random.randrange(3, 300) for _ in range(12)]
-    driver.submit(prompt, greedy(1), FixedLease({0: 1.0}))
+    for slot, folder in enumerate(folders.values()):
+        runner.bank.load(slot, fold_adapter(load_adapter(folder), runner.model, dtype=torch.float32))
+        driver.submit(prompt, greedy(1), FixedLease({slot: 1.0}))
     engine.start()
-    (outcome,) = driver.wait()
+    outcomes = driver.wait()
     engine.close()
-    with torch.no_grad():
-        wanted = adapters["rank4"](input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
-    assert outcome.logprobs[0] == pytest.approx(float(wanted[outcome.tokens[0]]), abs=2e-3)
-    with pytest.raises(UnsupportedError, match="OpaqueLinear"):
-        fold_adapter(load_adapter(folders["dora"]), runner.model, dtype=torch.float32)
+    for adapter, outcome in zip(adapters.values(), outcomes, strict=True):
+        with torch.no_grad():
+            wanted = adapter(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        assert outcome.logprobs[0] == pytest.approx(float(wanted[outcome.tokens[0]]), abs=2e-3)
     ours = LoraModel(runner.model)
     ours.load_adapter(folders["rank4"], "default")
     with pytest.raises(UnsupportedError, match="OpaqueLinear"):

@@ -12,6 +12,7 @@ from lora_core.layer import is_conv1d
 from lora_core.quant_files import DequantizedTensors, has_quantized_weights
 from lora_core.tensor_folder import TensorFolder
 from server.errors import InvalidRequestError
+from server.gguf import MARK
 from server.jobs.original import quantization_method
 
 __all__ = ["OpenBase", "base_tensors", "file_keys", "open_base", "quantization_of", "read_base"]
@@ -53,7 +54,7 @@ def read_base(folder: Path) -> OpenBase:
         UnsupportedError: they are quantized, and bitsandbytes is not installed or cannot read them.
     """
     method = quantization_method(folder)
-    if method not in (None, "bitsandbytes"):
+    if method not in (None, "bitsandbytes") and not (folder / MARK).is_file():
         raise InvalidRequestError(
             f"the base's files are quantized by {method}, in a form that jobs do not read", code="not_supported"
         )

@@ -14,6 +14,7 @@ from lora_core import LoraError, LoraModel
 from lora_core.adapter_module import AdapterModule
 from lora_core.layer import LoraLayer
 from lora_core.quant_files import DequantizedTensors
+from server.gguf import MARK
 from server.jobs.tasks.base_model import read_base
 
 __all__ = ["run"]
@@ -73,7 +74,7 @@ def run(task: Mapping[str, Any], report: Callable[[str, float], None]) -> dict[s
         "num_tensors_changed": len(changed),
         "num_shards": num_shards,
         "unties_embeddings": unties,
-        "base_quantized": isinstance(tensors, DequantizedTensors),
+        "base_quantized": isinstance(tensors, DequantizedTensors) or (base / MARK).is_file(),
     }
 
 
@@ -125,7 +126,7 @@ def _input_embedding(tensors: Mapping[str, Tensor], keys: Mapping[str, str], bar
 def _copy_rest(base: Path, out: Path, *, unties: bool) -> None:
     """Configuration, tokenizer and whatever else is in the folder but weights; the result is not quantized."""
     for path in sorted(base.iterdir()):
-        if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
+        if path.is_file() and path.name != MARK and not path.name.endswith(WEIGHT_SUFFIXES):
             shutil.copyfile(path, out / path.name)
     config = json.loads((out / "config.json").read_text())
     config.pop("quantization_config", None)
