@@ -15,8 +15,9 @@ PIN := -c constraints.txt
 serve: $(VENV)/.served
 	$(BIN)/loramux serve --host $(HOST) --port $(PORT) $(ARGS)
 
+# A few processes, each of which runs whole files on one core.
 test: $(VENV)/.developed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(VENV)/.developed
 	$(BIN)/python -m pytest -m "slow or not slow"

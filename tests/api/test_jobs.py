@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from tests import peft_adapters
 from tests.api.conftest import Live, serve
 from tests.api.test_generations import generate
+from tests.jobs.conftest import InlineProcess
 from tests.tiny_folder import tiny_tokenizer
 
 TIMEOUT_S = 120
@@ -115,6 +116,7 @@ def test_compensation_on_a_quantized_base_brings_answers_back(tiny: Any, tmp_pat
         serve(tiny, tmp_path / "store", quantization="nf4") as live,
         httpx.Client(base_url=live.url, timeout=60) as own,
     ):
+        live.server.jobs._make_process = InlineProcess  # saves a start of Python
         before = distance(own, None)
         job = submit(own, kind="loftq-compensation", name="back", rank=32)
         ended = events(own, job["job_id"])[-1]

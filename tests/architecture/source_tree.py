@@ -1,7 +1,7 @@
 """The project's Python files, parsed."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,14 @@ class Source:
 
     def imports(self) -> Iterator[str]:
         """Dotted names of everything it imports, also inside functions."""
-        for node in ast.walk(self.tree):
+        return self._imports(ast.walk(self.tree))
+
+    def imports_at_start(self) -> Iterator[str]:
+        """Of those that are not inside anything, which are imported with the module."""
+        return self._imports(self.tree.body)
+
+    def _imports(self, nodes: Iterable[ast.AST]) -> Iterator[str]:
+        for node in nodes:
             if isinstance(node, ast.Import):
                 yield from (alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom):

@@ -114,3 +114,10 @@ def test_nothing_runs_strangers_code() -> None:
             if isinstance(node, ast.Call):
                 assert ast.unparse(node.func) not in unsafe_calls, (source.module, node.lineno)
                 assert not [k for k in node.keywords if k.arg == "trust_remote_code"], (source.module, node.lineno)
+
+
+def test_jobs_import_transformers_only_where_they_need_it() -> None:
+    """It takes seconds, and an upload waits for the process that converts it."""
+    for source in sources():
+        if source.module.startswith("server.jobs."):
+            assert not {name for name in source.imports_at_start() if name.startswith("transformers")}, source.module

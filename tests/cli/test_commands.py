@@ -13,6 +13,7 @@ from server.cli.bench import percentile
 from server.cli.console import plain
 from tests.api.conftest import Live
 from tests.cli.conftest import Run
+from tests.jobs.conftest import InlineProcess
 
 PROMPT = "What is the capital of France?"
 
@@ -141,7 +142,8 @@ def test_nothing_steers_the_terminal() -> None:
     assert plain("a\x1b[2Jb\nc\td\u202ee\x9b") == "a\ufffd[2Jb\nc\td\ufffde\ufffd"
 
 
-def test_jobs_from_the_command_line(live: Live, run: Run) -> None:
+def test_jobs_from_the_command_line(live: Live, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live.server.jobs, "_make_process", InlineProcess)  # tests of the API start real ones
     mixed = json.loads(run("mix", "mixed", "-a", "rank4=1", "-a", "rank8=0.5", "--type", "cat", "--json").stdout)
     assert (mixed["kind"], mixed["state"], mixed["fraction"]) == ("mix", "succeeded", 1.0)
     assert json.loads(run("adapters", "show", "mixed", "--json").stdout)["generation"] == 1

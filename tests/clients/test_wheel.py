@@ -26,9 +26,10 @@ def test_the_wheel_installs_without_torch(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "loramux_client/py.typed" in names
     assert {name.partition("/")[0] for name in names} == {"loramux_client", f"{wheel.name.rsplit('-', 3)[0]}.dist-info"}
-    venv.create(tmp_path / "venv", with_pip=True)
+    venv.create(tmp_path / "venv")
     python = tmp_path / "venv/bin/python"
-    _run(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", ROOT / "constraints.txt", wheel)
+    pip = (sys.executable, "-m", "pip", "--python", python, "-q", "--disable-pip-version-check")
+    _run(*pip, "install", "-c", ROOT / "constraints.txt", wheel)
     installed = _run(python, "-I", "-c", SCRIPT).split()
     assert {"loramux-client", "httpx", "pydantic"} <= set(installed)
     assert not {"torch", "transformers", "fastapi", "loramux"} & set(installed)

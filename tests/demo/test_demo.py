@@ -4,7 +4,6 @@ import json
 import threading
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,12 @@ def folder() -> Path:
 
 
 @pytest.fixture(scope="module")
-def chat(folder: Path) -> Iterator[Chat]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
+def chat(folder: Path) -> Chat:
     chat = Chat(folder)
     for name, path in demo_adapters().items():
         chat.lora.load_adapter(path, name)
     chat.lora.eval()
-    yield chat
-    torch.set_num_threads(before)
+    return chat
 
 
 def test_two_small_peft_folders_one_of_them_dora() -> None:

@@ -86,5 +86,5 @@ def main(count: int) -> None:
 
 
 if __name__ == "__main__":
-    assert os.environ.pop("TRITON_INTERPRET", None) in {None, "1"}  # set by the package of the tests
+    assert os.environ.pop("TRITON_INTERPRET", None) in {None, "1"}  # set for the tests
     main(int(sys.argv[1]))

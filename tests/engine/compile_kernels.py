@@ -155,5 +155,5 @@ def compile_all(forms: Iterable[tuple[str, int]]) -> None:
 
 
 if __name__ == "__main__":
-    assert os.environ.pop("TRITON_INTERPRET", None) in {None, "1"}  # set by the package of the tests
+    assert os.environ.pop("TRITON_INTERPRET", None) in {None, "1"}  # set for the tests
     compile_all(zip(sys.argv[1::2], map(int, sys.argv[2::2]), strict=True))

@@ -119,5 +119,5 @@ def main(architecture: str) -> None:
 
 
 if __name__ == "__main__":
-    assert os.environ.pop("TRITON_INTERPRET", None) in {None, "1"}  # set by the package of the tests
+    assert os.environ.pop("TRITON_INTERPRET", None) in {None, "1"}  # set for the tests
     main(sys.argv[1])

@@ -1,5 +1,8 @@
-"""A process that runs a mix and a merge through the job queue and is killed at a failpoint: see test_crash.
+"""Processes that run a mix and a merge through the job queue and are killed at failpoints: see test_crash.
 
+    python -m tests.jobs.churn FOLDER FAILPOINT...
+
+forks one for each failpoint, which works in `FOLDER/<failpoint>` and says what it does in `FOLDER/<failpoint>.said`.
 The work is a stand-in that writes files at once; queue, publication and export are the real ones.
 """
 
@@ -7,13 +10,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from server.adapters.import_root import ImportRoot
 from server.adapters.record import Publication
 from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterRecord, AdapterStore
-from server.failpoints import ENVIRONMENT_VARIABLE, arm
+from server.failpoints import arm
 from server.jobs.handlers import AdapterJobs, ServedWeights
 from server.jobs.process import WorkProcess
 from server.jobs.queue import JobQueue, JobView
@@ -89,11 +93,16 @@ def tour(root: Path, say: Callable[[str], None]) -> None:
     store.close()
 
 
-def main(root: Path) -> None:
-    if failpoint := os.environ.get(ENVIRONMENT_VARIABLE):
-        arm(failpoint)
-    tour(root, lambda line: (os.write(1, f"{line}\n".encode()), None)[1])
+def main(folder: Path, failpoints: list[str]) -> None:
+    """Print each failpoint and what became of its process: its exit status, or the negated signal."""
+    for failpoint in failpoints:
+        if not os.fork():
+            arm(failpoint)
+            with (folder / f"{failpoint}.said").open("w", buffering=1) as said:
+                tour(folder / failpoint, partial(print, file=said))
+            os._exit(0)
+        print(failpoint, os.waitstatus_to_exitcode(os.wait()[1]))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

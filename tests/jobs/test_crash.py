@@ -1,6 +1,5 @@
 """Jobs and what they publish survive kills and power cuts: whole or not at all, and interrupted ones can be retried."""
 
-import os
 import shutil
 import signal
 import subprocess
@@ -12,7 +11,7 @@ import pytest
 
 from server import failpoints
 from server.adapters.store import CONFIG_NAME
-from server.failpoints import ENVIRONMENT_VARIABLE, FAILPOINTS
+from server.failpoints import FAILPOINTS
 from server.jobs.record import JobState
 from tests.adapters.power_loss import PowerLoss
 from tests.jobs.churn import ended, opened, tour
@@ -63,19 +62,23 @@ def published(root: Path, store: object, kind: str, job_id: str) -> None:
         }
 
 
-@pytest.mark.parametrize("name", JOB_FAILPOINTS)
-def test_sigkill_at_every_failpoint(tmp_path: Path, name: str) -> None:
-    for nth in (1, 2) if name.startswith("job.") else (1,):
-        root = tmp_path / str(nth)
-        child = subprocess.run(
-            [sys.executable, "-m", "tests.jobs.churn", str(root)],
-            cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
-            env=os.environ | {ENVIRONMENT_VARIABLE: f"{name}:{nth}"},
-            check=False,
-        )
-        assert child.returncode == -signal.SIGKILL, f"{name}:{nth} was not passed"
-        check(root, child.stdout.decode().splitlines())
+PASSES = [f"{name}:{nth}" for name in JOB_FAILPOINTS for nth in ((1, 2) if name.startswith("job.") else (1,))]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
+    """The folder of processes of which each was to be killed at a failpoint, and what became of each."""
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-m", "tests.jobs.churn", str(folder), *PASSES]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return folder, {failpoint: int(status) for failpoint, status in map(str.split, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("failpoint", PASSES)
+def test_sigkill_at_every_failpoint(killed: tuple[Path, dict[str, int]], failpoint: str) -> None:
+    folder, statuses = killed
+    assert statuses[failpoint] == -signal.SIGKILL, f"{failpoint} was not passed"
+    check(folder / failpoint, (folder / f"{failpoint}.said").read_text().splitlines())
 
 
 @pytest.fixture

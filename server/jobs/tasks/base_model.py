@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_core.layer import is_conv1d
 from lora_core.quant_files import DequantizedTensors, has_quantized_weights
@@ -53,6 +52,8 @@ def read_base(folder: Path) -> OpenBase:
         CheckpointError: there are no safetensors files.
         UnsupportedError: they are quantized, and bitsandbytes is not installed or cannot read them.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - seconds to import; some jobs do without
+
     method = quantization_method(folder)
     if method not in (None, "bitsandbytes") and not (folder / MARK).is_file():
         raise InvalidRequestError(

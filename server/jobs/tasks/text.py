@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 __all__ = ["encoded_prompts", "packed_calibration"]
 
@@ -17,6 +16,8 @@ CALIBRATION_TOKENS = 128  # in a row
 
 def encoded_prompts(base: Path, prompts: Sequence[str] | None) -> list[Tensor]:
     """Token ids [1, T] of the prompts, or of our own texts if none are given."""
+    from transformers import AutoTokenizer  # noqa: PLC0415 - seconds to import; some jobs do without
+
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     texts = OWN_TEXTS.read_text(encoding="utf-8").split(SEPARATOR) if prompts is None else prompts
     rows = [tokenizer(text).input_ids[:MAX_TOKENS] for text in texts]
