@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -35,7 +36,7 @@ from server.cache import default_cache_dir
 from server.delivery import Delivery
 from server.demo import demo_adapters, ensure_demo_model
 from server.drain import Drain
-from server.engine import EngineConfig, EngineLoop, Fairness, ModelRunner, Quantization, load_runner
+from server.engine import EngineConfig, EngineLoop, Fairness, ModelFacts, ModelRunner, Quantization, load_runner
 from server.engine.device_step import what_kernels_lack
 from server.engine.selfcheck import check_against_reference
 from server.errors import InvalidRequestError, NotFoundError
@@ -122,10 +123,17 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
         tuning_folder=default_cache_dir() / "kernels" if settings.tune_kernels and device.type == "cuda" else None,
         max_model_len=settings.max_model_len,
     )
-    runner = load_runner(path, config, dtype=dtype, device=device, quantization=quantization)
-    error = check_against_reference(runner)
-    report(f"the engine agrees with transformers on this model (relative error {error:.1e})")
-    codec = TextCodec(path, vocab_size=runner.facts.vocab_size, eos_token_ids=runner.facts.eos_token_ids)
+    with ThreadPoolExecutor(1, "tokenizer") as beside:
+        codecs: list[Future[TextCodec]] = []
+
+        def make_codec(facts: ModelFacts) -> None:
+            vocab_size, eos = facts.vocab_size, facts.eos_token_ids
+            codecs.append(beside.submit(lambda: TextCodec(path, vocab_size=vocab_size, eos_token_ids=eos)))
+
+        runner = load_runner(path, config, dtype=dtype, device=device, quantization=quantization, on_facts=make_codec)
+        error = check_against_reference(runner)
+        report(f"the engine agrees with transformers on this model (relative error {error:.1e})")
+        codec = codecs[0].result()
     structured = StructuredOutput(codec)
     delivery = Delivery()
     engine = EngineLoop(

@@ -24,10 +24,9 @@ class NativeWeight:
         self.out_features, self.in_features = weight.shape
         self._linear = library_.linear
         self._is_interleaved = weight.dtype == torch.bfloat16
-        panels = _panels(weight, library_)  # [P, W, I]
-        if self._is_interleaved:
-            panels = panels.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
-        self._panels = panels.transpose(1, 2).contiguous()  # [P, I, W]
+        panels = _panels(weight, library_).unflatten(1, (2, -1))  # [P, 2, W / 2, I]
+        order = (0, 3, 2, 1) if self._is_interleaved else (0, 3, 1, 2)
+        self._panels = panels.permute(order).contiguous().flatten(2)  # [P, I, W]
 
     @staticmethod
     def can_hold(dtype: torch.dtype) -> bool:
@@ -97,7 +96,8 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
 def _panels(weight: Tensor, library_: ctypes.CDLL) -> Tensor:
     """[O, I] -> [P, W, I], the last panel filled up with zeros."""
     width = int(library_.panel_width())
-    return F.pad(weight, (0, 0, 0, -weight.shape[0] % width)).unflatten(0, (-1, width))
+    missing = -weight.shape[0] % width
+    return (F.pad(weight, (0, 0, 0, missing)) if missing else weight).unflatten(0, (-1, width))
 
 
 def _multiply(

@@ -2,6 +2,7 @@
 
 from server.engine.fairness import Fairness
 from server.engine.loop import EngineLoop, EngineStats
+from server.engine.model import ModelFacts
 from server.engine.ports import AdapterLease, TokenConstraint, TokenText
 from server.engine.quantization import Quantization
 from server.engine.request import (
@@ -28,6 +29,7 @@ __all__ = [
     "FinishReason",
     "Finished",
     "GenerationRequest",
+    "ModelFacts",
     "ModelRunner",
     "Quantization",
     "SamplingParams",

@@ -1,7 +1,7 @@
 """ModelRunner: a model with slots for adapters and a cache, and the one call that runs a batch through it."""
 
 import logging
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +82,7 @@ class ModelRunner:
         model: a transformers causal language model, changed in place: its linear layers are wrapped.
         capture: how decoding steps are recorded; by default as CUDA graphs, and not at all on a CPU.
         as_int4: the model's weights are rounded by `quantization.round_weights`.
+        on_facts: told what the model is like before it is made fast, for whatever can be made meanwhile.
 
     Attributes:
         layers: the wrapped linear layers by name; `lora_core.fold_adapter` folds for them.
@@ -100,7 +101,13 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: nn.Module, config: EngineConfig, capture: Capture | None = None, *, as_int4: bool = False
+        self,
+        model: nn.Module,
+        config: EngineConfig,
+        capture: Capture | None = None,
+        *,
+        as_int4: bool = False,
+        on_facts: Callable[[ModelFacts], object] = lambda _: None,
     ) -> None:
         self.model = model
         self.config = config
@@ -114,6 +121,7 @@ class ModelRunner:
             raise InvalidRequestError(f"Triton's kernels cannot run: there is no {missing}", code="kernels_unavailable")
         self.quantization = "int4" if as_int4 else checkpoint_quantization(model.config)
         self.facts: ModelFacts = inspect_model(model)
+        on_facts(self.facts)
         self.cache = self._make_cache()
         longest = min(self.facts.max_positions, (self.cache.num_blocks - 1) * config.block_size)
         self.max_model_len = min(longest, config.max_model_len or longest)
@@ -237,9 +245,10 @@ def load_runner(
     dtype: torch.dtype,
     device: torch.device,
     quantization: Quantization | None = None,
+    on_facts: Callable[[ModelFacts], object] = lambda _: None,
 ) -> ModelRunner:
-    """Load a local model folder and make it ready; errors as in `ModelRunner` and `load_model`."""
+    """Load a local model folder and make it ready; arguments and errors as in `ModelRunner` and `load_model`."""
     quantization = quantization or Quantization()
     with keep_freed():
         model = load_model(path, dtype=dtype, device=device, quantization=quantization)
-        return ModelRunner(model, config, as_int4=quantization.kind == "int4")
+        return ModelRunner(model, config, as_int4=quantization.kind == "int4", on_facts=on_facts)
