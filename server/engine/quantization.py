@@ -2,7 +2,7 @@
 
 With bitsandbytes transformers reads one tensor at a time and quantizes it before the next, so the whole model is never
 held in full precision. A checkpoint that says itself how it is quantized is loaded that way; asking for another way is
-an error. `int4` is for speed on a CPU, not for memory: the loaded weights are rounded, and held in two forms
+an error. `int4` is for speed on a CPU: the loaded weights are rounded, and with C inputs are too, as they come
 (`lora_core.packing.Int4Weight`).
 """
 

@@ -31,7 +31,9 @@ def check_against_reference(runner: ModelRunner) -> float:
     reference = runner.reference
     engine = _engine_logits(runner, reference.prompts)
     error = float((engine - reference.logits).norm() / reference.logits.norm())
-    rounds_inputs = runner.quantization == "int8" or any(isinstance(m, OwnLinear) for m in runner.model.modules())
+    rounds_inputs = runner.quantization in ("int8", "int4") or any(
+        isinstance(m, OwnLinear) for m in runner.model.modules()
+    )
     if not error <= (MAX_RELATIVE_ERROR_ROUNDED if rounds_inputs else MAX_RELATIVE_ERROR.get(runner.dtype, 5e-2)):
         raise InvalidRequestError(
             f"{type(runner.model).__name__} needs something that the engine does not do: its logits differ from "
