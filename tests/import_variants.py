@@ -142,6 +142,10 @@ VARIANTS: dict[str, Variant] = {
     "`modules_to_save`: norm": Variant("llama", {"modules_to_save": ["model.norm"]}),
     "`modules_to_save`: head": Variant("llama", {"modules_to_save": ["lm_head"]}),
     "`modules_to_save`: embeddings": Variant("llama", {"modules_to_save": ["embed_tokens"]}),
+    "`modules_to_save`: MLPs": Variant("llama", {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}),
+    "`modules_to_save`: attention": Variant(
+        "llama", {"target_modules": ["down_proj"], "modules_to_save": ["self_attn"]}, code="adapter_unsupported"
+    ),
     "embedding as target": Variant("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
     "`trainable_token_indices`": Variant("llama", {"trainable_token_indices": [5, 9, 300]}),
     "`target_parameters`": Variant("qwen3_moe", EXPERTS),

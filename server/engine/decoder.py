@@ -126,6 +126,7 @@ class DecoderStack:
         self._num_rows = -1
         self._cache: KVCache | None = None
         self._route: Route | None = None
+        self._planned_rows = -1
         self._layouts: list[Layout] = []
         for layer, part in zip(self._c, parts, strict=True):
             layer.size = part.sizes[0][0]
@@ -168,8 +169,11 @@ class DecoderStack:
         while (product := start + self._run(*arguments, product - start, is_multiplied)) != end:
             if product < start:
                 raise MemoryError(f"no memory for {num_rows} rows of a layer")
-            inputs, outputs = self._buffers(product)
-            outputs[:num_rows] = self._groups[product].multiply(inputs[:num_rows])
+            # Held until the next one is there: C has read it by then.
+            made = self._groups[product].multiply(self._buffers(product)[0][:num_rows]).to(self._dtype).contiguous()
+            self._products[product].y = made.data_ptr()
+            if product % NUM_PRODUCTS == 0:
+                self._point_attention(product // NUM_PRODUCTS, made)
             is_multiplied = 1
         return y
 
@@ -177,9 +181,9 @@ class DecoderStack:
         """Tell C what the route under way wants; nothing is to be done while it and the adapters stay the same."""
         route = self._router.route
         layouts = [layout for adapters in self._adapters for layout in adapters.layouts]
-        if route is self._route and layouts == self._layouts:
+        if route is self._route and layouts == self._layouts and num_rows == self._planned_rows:
             return
-        self._route, self._layouts = route, layouts
+        self._route, self._layouts, self._planned_rows = route, layouts, num_rows
         for product, adapters in zip(self._products, self._adapters, strict=True):
             product.plan = None if route is None or route.is_base else adapters.plan(route, num_rows)
 
@@ -190,12 +194,19 @@ class DecoderStack:
         self._num_rows, self._cache = num_rows, cache
         for i, product in enumerate(self._products):
             product.x, product.y = (part.data_ptr() for part in self._buffers(i))
-        for i, (layer, part) in enumerate(zip(self._c, self._parts, strict=True)):
-            attention = part.attention
-            heads = self._buffers(i * NUM_PRODUCTS)[1].view(num_rows, -1, attention.head_dim)
-            out = self._buffers(i * NUM_PRODUCTS + 1)[0].view(num_rows, -1, attention.head_dim)
-            query, key, value = heads.split([out.shape[1], attention.num_kv_heads, attention.num_kv_heads], dim=1)
-            layer.attention = LayerAttention.of(attention.call, cache, query, key, value, out)
+        for i in range(len(self._parts)):
+            self._point_attention(i, self._buffers(i * NUM_PRODUCTS)[1])
+
+    def _point_attention(self, index: int, joined: Tensor) -> None:
+        """A layer's attention reads queries, keys and values from there, [rows, ΣO]."""
+        attention, cache = self._parts[index].attention, self._cache
+        assert cache is not None
+        heads, out = (
+            part.view(len(part), -1, attention.head_dim)
+            for part in (joined, self._buffers(index * NUM_PRODUCTS + 1)[0])
+        )
+        query, key, value = heads.split([out.shape[1], attention.num_kv_heads, attention.num_kv_heads], dim=1)
+        self._c[index].attention = LayerAttention.of(attention.call, cache, query, key, value, out)
 
     def _buffers(self, product: int) -> tuple[Tensor, Tensor]:
         """A product's input and output."""
