@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -36,9 +35,8 @@ from server.cache import default_cache_dir
 from server.delivery import Delivery
 from server.demo import demo_adapters, ensure_demo_model
 from server.drain import Drain
-from server.engine import EngineConfig, EngineLoop, Fairness, ModelFacts, ModelRunner, Quantization, load_runner
+from server.engine import EngineConfig, EngineLoop, Fairness, ModelRunner, Quantization
 from server.engine.device_step import what_kernels_lack
-from server.engine.selfcheck import check_against_reference
 from server.errors import InvalidRequestError, NotFoundError
 from server.generation import GenerationService
 from server.gguf import ensure_unpacked, find_gguf
@@ -46,13 +44,13 @@ from server.jobs.conversion import ConversionProcess
 from server.jobs.handlers import AdapterJobs, ServedWeights
 from server.jobs.queue import JobQueue
 from server.jobs.store import JobStore
+from server.loading import load_model_and_text
 from server.memory import free_host_bytes
 from server.metrics import Metrics
 from server.schemas.body import MAX_SEQUENCES, MAX_STOP_STRINGS
 from server.schemas.system import Info
 from server.settings import Settings
 from server.structured import StructuredOutput
-from server.text import TextCodec
 
 __all__ = ["Server", "build_server", "create_app"]
 
@@ -123,17 +121,9 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
         tuning_folder=default_cache_dir() / "kernels" if settings.tune_kernels and device.type == "cuda" else None,
         max_model_len=settings.max_model_len,
     )
-    with ThreadPoolExecutor(1, "tokenizer") as beside:
-        codecs: list[Future[TextCodec]] = []
-
-        def make_codec(facts: ModelFacts) -> None:
-            vocab_size, eos = facts.vocab_size, facts.eos_token_ids
-            codecs.append(beside.submit(lambda: TextCodec(path, vocab_size=vocab_size, eos_token_ids=eos)))
-
-        runner = load_runner(path, config, dtype=dtype, device=device, quantization=quantization, on_facts=make_codec)
-        error = check_against_reference(runner)
-        report(f"the engine agrees with transformers on this model (relative error {error:.1e})")
-        codec = codecs[0].result()
+    runner, codec = load_model_and_text(
+        path, config, dtype=dtype, device=device, quantization=quantization, report=report
+    )
     structured = StructuredOutput(codec)
     delivery = Delivery()
     engine = EngineLoop(

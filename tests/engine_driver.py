@@ -2,10 +2,14 @@
 
 import queue
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from server.engine import EngineLoop, Event, GenerationRequest, SamplingParams, Token, TokenLogprob
+import torch
+from torch import Tensor
+
+from server.engine import EngineLoop, Event, GenerationRequest, ModelRunner, SamplingParams, Token, TokenLogprob
 from server.leases import LeaseState
 
 TIMEOUT_S = 60.0
@@ -108,3 +112,25 @@ class Driver:
 
 def greedy(num_tokens: int) -> SamplingParams:
     return SamplingParams(max_new_tokens=num_tokens, ignore_eos=True, logprobs=True)
+
+
+def generate_rows(
+    runner: ModelRunner, rows: Iterable[tuple[Sequence[int], Mapping[int, float]]], num_tokens: int
+) -> list[Outcome]:
+    """What one engine makes of prompts side by side, each with so much of the adapters in these slots."""
+    driver = Driver(engine := EngineLoop(runner))
+    for prompt, slots in rows:
+        driver.submit(prompt, greedy(num_tokens), FixedLease(slots) if slots else None)
+    engine.start()
+    try:
+        return driver.wait()
+    finally:
+        engine.close()
+
+
+def logprob_errors(model: Any, prompt: Sequence[int], outcome: Outcome) -> Tensor:
+    """How far the log-probabilities of an output's tokens are from those that a model gives them, [tokens]."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*prompt, *outcome.tokens[:-1]]])).logits[0, len(prompt) - 1 :]
+    wanted = logits.float().log_softmax(-1)[range(len(outcome.tokens)), outcome.tokens]
+    return (torch.tensor(outcome.logprobs) - wanted).abs()

@@ -82,22 +82,13 @@ INLINE void tile(int rows, int panels, const float *x, const T *w, const T *bias
 
 #define CASE(rows)                                                                                                     \
     case rows:                                                                                                         \
-        tile(rows, 1, x, w, bias, y, I, O, column, ahead, num_ahead);                                             \
+        tile(rows, 1, x, w, bias, y, I, O, column, ahead, num_ahead);                                                  \
         break;
 
 INLINE void tile_of(int rows, const float *x, const T *w, const T *bias, T *y, int64_t I, int64_t O,
                     int64_t column, const char *ahead, int64_t num_ahead) {
     switch (rows) {
-        FOR_5_ROWS(CASE)
-#if MAX_TILE > 5
-        CASE(6)
-        CASE(7)
-        CASE(8)
-        CASE(9)
-        CASE(10)
-        CASE(11)
-        CASE(12)
-#endif
+        FOR_TILE_ROWS(CASE)
     }
 }
 

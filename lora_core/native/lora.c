@@ -11,7 +11,7 @@
 #define MAX_STRIP 384  // and at most so many columns, a multiple of PANEL
 #define MIN_WORK 50000 // multiplications below which a second thread does not pay
 #define LINE 64        // bytes that come from memory together
-#define LINE_COLUMNS 32 // that such a line has at most, whole panels
+#define LINE_COLUMNS 32 // of y that such a line has at most, whole panels
 #define MANY_ROWS 16   // of a group, from which its numbers are brought together first
 #define MAX_RANKS 64   // that are brought together at a time
 #define TILE (MAX_TILE < 6 ? MAX_TILE : 6) // rows that expand together
@@ -45,7 +45,6 @@ INLINE void dots(int xs, int as, const float *x, int64_t I, const T *a, float we
 #if VL == 8
             asm("" : "+x"(row)); // once, into a register
 #endif
-
 #pragma GCC unroll 4
             for (int j = 0; j < as; j++)
                 sums[i * as + j] += row * own[j];
@@ -194,10 +193,7 @@ static void expand(int64_t rows, const Tile *t, int64_t column, int64_t stop) {
         const float *h = t->shrunk->begin[t->group] + (t->first - plan->groups[2 * t->group]) * width;
         h += t->shrunk->place[e];
         switch (rows) {
-            FOR_5_ROWS(CASE)
-#if MAX_TILE > 5
-            CASE(6)
-#endif
+            FOR_6_ROWS(CASE)
         }
     }
     for (int64_t c = column; c < stop; c += VL)
@@ -207,7 +203,7 @@ static void expand(int64_t rows, const Tile *t, int64_t column, int64_t stop) {
 #undef CASE
 #define CASE(rows)                                                                                                     \
     case rows:                                                                                                         \
-        product_of(1, rows, 2, VL, 1, own_h, width, wide, LINE_COLUMNS, ranks, 0, out, LINE_COLUMNS);                             \
+        product_of(1, rows, 2, VL, 1, own_h, width, wide, LINE_COLUMNS, ranks, 0, out, LINE_COLUMNS);                  \
         break;
 
 // sums [rows, PANEL] += h [rows, ranks] · wide [ranks, PANEL], each with rows LINE_COLUMNS apart.
@@ -216,16 +212,7 @@ static void add_panel(int64_t rows, const float *h, int64_t width, const float *
         const float *own_h = h + i * width;
         float *out = sums + i * LINE_COLUMNS;
         switch (rows - i < MAX_TILE ? rows - i : MAX_TILE) {
-            FOR_5_ROWS(CASE)
-#if MAX_TILE > 5
-            CASE(6)
-            CASE(7)
-            CASE(8)
-            CASE(9)
-            CASE(10)
-            CASE(11)
-            CASE(12)
-#endif
+            FOR_TILE_ROWS(CASE)
         }
     }
 }

@@ -18,8 +18,15 @@
 #define MAX_TILE 5 // 2 · 5 of 16, as two are read into and one holds a mask
 #endif
 #define PANEL (2 * VL) // a tile has whole panels of columns
-// A switch's cases for the numbers of rows that every processor's tiles have.
+// A switch's cases for the numbers of rows that a tile can have, and for up to five or six.
 #define FOR_5_ROWS(CASE) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5)
+#if MAX_TILE > 5
+#define FOR_6_ROWS(CASE) FOR_5_ROWS(CASE) CASE(6)
+#define FOR_TILE_ROWS(CASE) FOR_6_ROWS(CASE) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#else
+#define FOR_6_ROWS(CASE) FOR_5_ROWS(CASE)
+#define FOR_TILE_ROWS(CASE) FOR_5_ROWS(CASE)
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(VL * 4)));

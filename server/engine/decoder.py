@@ -180,12 +180,13 @@ class DecoderStack:
     def _point_to_adapters(self, num_rows: int) -> None:
         """Tell C what the route under way wants; nothing is to be done while it and the adapters stay the same."""
         route = self._router.route
-        layouts = [layout for adapters in self._adapters for layout in adapters.layouts]
+        is_base = route is None or route.is_base
+        layouts = [] if is_base else [layout for adapters in self._adapters for layout in adapters.layouts]
         if route is self._route and layouts == self._layouts and num_rows == self._planned_rows:
             return
         self._route, self._layouts, self._planned_rows = route, layouts, num_rows
         for product, adapters in zip(self._products, self._adapters, strict=True):
-            product.plan = None if route is None or route.is_base else adapters.plan(route, num_rows)
+            product.plan = None if is_base or route is None else adapters.plan(route, num_rows)
 
     def _reserve(self, num_rows: int, cache: KVCache) -> None:
         """Memory between the products, which all layers use, for at most so many rows."""

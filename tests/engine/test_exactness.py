@@ -16,7 +16,7 @@ from server.engine import EngineConfig, EngineLoop, ModelRunner
 from server.engine.batch import build_batch
 from server.engine.scheduler import Chunk, Step
 from tests import peft_adapters
-from tests.engine_driver import Driver, FixedLease, greedy
+from tests.engine_driver import Driver, FixedLease, generate_rows, greedy
 from tests.tiny_models import ARCHITECTURES, VOCABULARY, tiny_model
 
 NUM_TOKENS = 14
@@ -103,13 +103,9 @@ def test_a_mixed_batch_equals_peft_row_by_row(case: Case) -> None:
 
 def _generate_and_compare(case: Case, rows: list[str]) -> None:
     prompts = _prompts(rows)
-    engine = EngineLoop(case.runner)
-    driver = Driver(engine)
-    for row, prompt in zip(rows, prompts, strict=True):
-        driver.submit(prompt, greedy(NUM_TOKENS), FixedLease(case.slots[row]) if case.slots[row] else None)
-    engine.start()
-    outcomes = driver.wait()
-    engine.close()
+    outcomes = generate_rows(
+        case.runner, [(prompt, case.slots[r]) for r, prompt in zip(rows, prompts, strict=True)], NUM_TOKENS
+    )
     _assert_rows_agree(case, rows, prompts, outcomes)
 
 

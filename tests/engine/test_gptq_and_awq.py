@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lora_core import fold_adapter, load_adapter
-from server.engine import EngineConfig, EngineLoop, load_runner
+from server.engine import EngineConfig, load_runner
 from server.engine.selfcheck import check_against_reference
 from tests import peft_adapters
-from tests.engine_driver import Driver, FixedLease, greedy
+from tests.engine_driver import generate_rows, logprob_errors
 
 NUM_TOKENS = 6
 GROUP = 32
@@ -121,18 +121,10 @@ def test_rows_of_a_base_of_gptqmodels_equal_peft(method: str, tmp_path: Path) ->
     references["rank16 on the base itself"] = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "rank16")).eval()
     slots["rank16 on the base itself"] = {0: 1.0}
     prompts = [[random.randrange(3, 300) for _ in range(random.randint(1, 30))] for _ in slots]
-    driver = Driver(engine := EngineLoop(runner))
-    for own_slots, prompt in zip(slots.values(), prompts, strict=True):
-        driver.submit(prompt, greedy(NUM_TOKENS), FixedLease(own_slots))
-    engine.start()
-    outcomes = driver.wait()
-    engine.close()
+    outcomes = generate_rows(runner, zip(prompts, slots.values(), strict=True), NUM_TOKENS)
     for row, prompt, outcome in zip(slots, prompts, outcomes, strict=True):
-        with torch.no_grad():
-            ids = torch.tensor([prompt + outcome.tokens[:-1]])
-            logits = references[row](input_ids=ids).logits[0, len(prompt) - 1 :]
-        wanted = logits.log_softmax(-1)[range(NUM_TOKENS), outcome.tokens]
-        errors = (torch.tensor(outcome.logprobs) - wanted).abs()
+        assert len(outcome.tokens) == NUM_TOKENS
+        errors = logprob_errors(references[row], prompt, outcome)
         print(f"{row}: off by {errors.tolist()}")
         assert float(errors.max()) < 5e-2, row  # the package computes in float16
 

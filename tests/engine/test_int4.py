@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from lora_core import fold_adapter, load_adapter
 from lora_core.packing import can_be_int4, has_int4, round_to_int4
-from server.engine import EngineConfig, EngineLoop, Quantization, load_runner
+from server.engine import EngineConfig, Quantization, load_runner
 from server.engine.quantization import round_weights
 from server.engine.selfcheck import check_against_reference
 from server.errors import InvalidRequestError
 from tests import peft_adapters
-from tests.engine_driver import Driver, FixedLease, greedy
+from tests.engine_driver import generate_rows, logprob_errors
 from tests.tiny_folder import write_tiny_folder
 from tests.tiny_models import VOCABULARY
 
@@ -56,22 +56,11 @@ def test_every_row_gets_what_peft_gives_on_the_rounded_model(num_streams: int, t
         runner.bank.load(slot, fold_adapter(load_adapter(saved), runner.model, dtype=torch.bfloat16))
         references.append(model)
     kinds = [i % len(references) for i in range(num_streams)]
-    engine = EngineLoop(runner)
-    driver = Driver(engine)
     prompts = [[random.randrange(3, VOCABULARY) for _ in range(random.randint(2, 20))] for _ in kinds]
-    for kind, prompt in zip(kinds, prompts, strict=True):
-        driver.submit(prompt, greedy(NUM_TOKENS), FixedLease({kind - 1: 1.0}) if kind else None)
-    engine.start()
-    try:
-        outcomes = driver.wait()
-    finally:
-        engine.close()
-    for kind, prompt, outcome in zip(kinds, prompts, outcomes, strict=True):
-        ids = torch.tensor([prompt + outcome.tokens])
-        with torch.inference_mode():
-            wanted = references[kind](input_ids=ids).logits[0].log_softmax(-1)
-        for i, (token, logprob) in enumerate(zip(outcome.tokens, outcome.logprobs, strict=True)):
-            assert logprob == pytest.approx(float(wanted[len(prompt) + i - 1, token]), abs=CLOSE)
+    rows = [(prompt, {kind - 1: 1.0} if kind else {}) for kind, prompt in zip(kinds, prompts, strict=True)]
+    for kind, prompt, outcome in zip(kinds, prompts, generate_rows(runner, rows, NUM_TOKENS), strict=True):
+        assert len(outcome.tokens) == NUM_TOKENS
+        assert float(logprob_errors(references[kind], prompt, outcome).max()) <= CLOSE
 
 
 @pytest.mark.parametrize(("dtype", "device"), [(torch.float32, "cpu"), (torch.bfloat16, "meta")])

@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from lora_core import fold_adapter, load_adapter
 from server.app import build_server
-from server.engine import EngineConfig, EngineLoop, load_runner
+from server.engine import EngineConfig, load_runner
 from server.engine import quantization as module
 from server.engine.model import load_model
 from server.engine.selfcheck import check_against_reference
 from server.errors import InvalidRequestError
 from server.settings import Settings
 from tests import peft_adapters
-from tests.engine_driver import Driver, FixedLease, greedy
+from tests.engine_driver import generate_rows, logprob_errors
 from tests.tiny_folder import write_tiny_folder
 
 CPU = torch.device("cpu")
@@ -94,19 +94,14 @@ def test_rows_of_a_compressed_tensors_base_equal_peft(scheme: str, tmp_path: Pat
             warnings.simplefilter("ignore")  # PEFT uses a name that transformers has deprecated
             references[name] = peft.PeftModel.from_pretrained(own, str(saved)).eval()
     prompts = [[random.randrange(3, 300) for _ in range(random.randint(1, 30))] for _ in slots]
-    driver = Driver(engine := EngineLoop(runner))
-    for own_slots, prompt in zip(slots.values(), prompts, strict=True):
-        driver.submit(prompt, greedy(NUM_TOKENS), FixedLease(own_slots))
-    engine.start()
-    outcomes = driver.wait()
-    engine.close()
+    outcomes = generate_rows(runner, zip(prompts, slots.values(), strict=True), NUM_TOKENS)
     for row, prompt, outcome in zip(slots, prompts, outcomes, strict=True):
         ids = torch.tensor([prompt + outcome.tokens[:-1]])
         with torch.no_grad():
             logits = references[row](input_ids=ids).logits[0, len(prompt) - 1 :]
             before = references["base"](input_ids=ids).logits[0, len(prompt) - 1 :]
-        wanted = logits.log_softmax(-1)[range(NUM_TOKENS), outcome.tokens]
-        errors = (torch.tensor(outcome.logprobs) - wanted).abs()
+        assert len(outcome.tokens) == NUM_TOKENS
+        errors = logprob_errors(references[row], prompt, outcome)
         print(f"{row}: off by {errors.tolist()}")
         assert float(errors.max()) <= tolerance, row
         assert float(errors.median()) <= tolerance / 4, row

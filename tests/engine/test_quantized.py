@@ -20,14 +20,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from lora_core import LoraModel, UnsupportedError, fold_adapter, load_adapter
 from lora_core.quant import dequantized_weight, is_quantized, quantized_like, replace_weight
 from server.demo import ensure_demo_model
-from server.engine import EngineConfig, EngineLoop, ModelRunner, Quantization, load_runner, save_quantized
+from server.engine import EngineConfig, ModelRunner, Quantization, load_runner, save_quantized
 from server.engine import quantization as module
 from server.engine.model import load_model, read_model
 from server.engine.quantization import checkpoint_quantization, loading_options
 from server.engine.selfcheck import check_against_reference
 from server.errors import ConflictError, InvalidRequestError
 from tests import peft_adapters
-from tests.engine_driver import Driver, FixedLease, greedy
+from tests.engine_driver import generate_rows, logprob_errors
 from tests.tiny_folder import write_tiny_folder
 
 CPU = torch.device("cpu")
@@ -155,12 +155,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
 def test_a_mixed_batch_equals_peft_row_by_row(case: Case) -> None:
     vocabulary = case.runner.facts.vocab_size
     prompts = [[random.randrange(3, vocabulary) for _ in range(random.randint(1, 30))] for _ in case.slots]
-    driver = Driver(engine := EngineLoop(case.runner))
-    for (_, slots), prompt in zip(case.slots.items(), prompts, strict=True):
-        driver.submit(prompt, greedy(NUM_TOKENS), FixedLease(slots) if slots else None)
-    engine.start()
-    outcomes = driver.wait()
-    engine.close()
+    outcomes = generate_rows(case.runner, zip(prompts, case.slots.values(), strict=True), NUM_TOKENS)
     errors: list[float] = []
     for row, prompt, outcome in zip(case.slots, prompts, outcomes, strict=True):
         assert len(outcome.tokens) == NUM_TOKENS
@@ -195,12 +190,7 @@ def test_the_layout_that_is_fast_in_bfloat16_has_the_same_answers(tmp_path: Path
     check_against_reference(runner)
     runner.bank.load(0, fold_adapter(load_adapter(saved), runner.model, dtype=torch.bfloat16))
     ids = torch.randint(3, 128, (1, 20))
-    driver = Driver(engine := EngineLoop(runner))
-    for slots in ({}, {0: 1.0}):
-        driver.submit(ids[0].tolist(), greedy(1), FixedLease(slots))
-    engine.start()
-    outcomes = driver.wait()
-    engine.close()
+    outcomes = generate_rows(runner, [(ids[0].tolist(), {}), (ids[0].tolist(), {0: 1.0})], 1)
     for reference, outcome in zip((full, adapter), outcomes, strict=True):
         with torch.no_grad():
             wanted = reference(input_ids=ids).logits[0, -1].log_softmax(-1)
@@ -324,18 +314,12 @@ def test_layers_of_other_packages_are_asked_for_their_weight_and_not_written(arc
         for name in ("rank4", "dora16")
     }
     folders = {name: peft_adapters.save(adapter, tmp_path / name) for name, adapter in adapters.items()}
-    driver = Driver(engine := EngineLoop(runner))
     prompt = [random.randrange(3, 300) for _ in range(12)]
     for slot, folder in enumerate(folders.values()):
         runner.bank.load(slot, fold_adapter(load_adapter(folder), runner.model, dtype=torch.float32))
-        driver.submit(prompt, greedy(1), FixedLease({slot: 1.0}))
-    engine.start()
-    outcomes = driver.wait()
-    engine.close()
+    outcomes = generate_rows(runner, [(prompt, {slot: 1.0}) for slot in range(len(folders))], 1)
     for adapter, outcome in zip(adapters.values(), outcomes, strict=True):
-        with torch.no_grad():
-            wanted = adapter(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
-        assert outcome.logprobs[0] == pytest.approx(float(wanted[outcome.tokens[0]]), abs=2e-3)
+        assert float(logprob_errors(adapter, prompt, outcome)) <= 2e-3
     ours = LoraModel(runner.model)
     ours.load_adapter(folders["rank4"], "default")
     with pytest.raises(UnsupportedError, match="OpaqueLinear"):

@@ -20,7 +20,7 @@ from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 from lora_core import fold_adapter, load_adapter
 from server.app import build_server
 from server.cli.doctor import doctor
-from server.engine import EngineLoop, Quantization
+from server.engine import Quantization
 from server.engine.model import inspect_model, load_model
 from server.errors import InvalidRequestError, ServerError, StorageFullError, UnavailableError
 from server.gguf import ensure_unpacked, find_gguf, source, unpack
@@ -29,7 +29,7 @@ from server.jobs.tasks import merge
 from server.jobs.tasks.base_model import read_base
 from server.settings import Settings
 from tests import peft_adapters, tiny_models
-from tests.engine_driver import Driver, FixedLease, greedy
+from tests.engine_driver import generate_rows, logprob_errors
 from tests.gguf.write_gguf import Types, as_spm, write_gguf
 from tests.tiny_folder import CORPUS, VOCABULARY, tiny_tokenizer
 
@@ -186,18 +186,10 @@ def test_a_file_is_served_with_adapters_as_peft_does(tmp_path: Path, monkeypatch
         server.runner.bank.load(slot, folded)
         slots[name] = {slot: 1.0}
     prompts = [[random.randrange(3, 300) for _ in range(random.randint(1, 30))] for _ in slots]
-    driver = Driver(engine := EngineLoop(server.runner))
-    for own_slots, prompt in zip(slots.values(), prompts, strict=True):
-        driver.submit(prompt, greedy(6), FixedLease(own_slots))
-    engine.start()
-    outcomes = driver.wait()
-    engine.close()
+    outcomes = generate_rows(server.runner, zip(prompts, slots.values(), strict=True), 6)
     for row, prompt, outcome in zip(slots, prompts, outcomes, strict=True):
-        with torch.no_grad():
-            ids = torch.tensor([prompt + outcome.tokens[:-1]])
-            logits = references[row](input_ids=ids).logits[0, len(prompt) - 1 :].log_softmax(-1)
-        wanted = logits[range(len(outcome.tokens)), outcome.tokens]
-        assert float((torch.tensor(outcome.logprobs) - wanted).abs().max()) < 2e-3, row
+        assert len(outcome.tokens) == 6
+        assert float(logprob_errors(references[row], prompt, outcome).max()) < 2e-3, row
 
 
 def test_dtypes_quantizing_and_jobs(tmp_path: Path) -> None:
