@@ -35,7 +35,7 @@ from server.cache import default_cache_dir
 from server.delivery import Delivery
 from server.demo import demo_adapters, ensure_demo_model
 from server.drain import Drain
-from server.engine import EngineConfig, EngineLoop, Fairness, ModelRunner, Quantization
+from server.engine import EngineConfig, EngineLoop, Fairness, ModelFacts, ModelRunner, Quantization, load_runner
 from server.engine.device_step import what_kernels_lack
 from server.errors import InvalidRequestError, NotFoundError
 from server.generation import GenerationService
@@ -121,9 +121,11 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
         tuning_folder=default_cache_dir() / "kernels" if settings.tune_kernels and device.type == "cuda" else None,
         max_model_len=settings.max_model_len,
     )
-    runner, codec = load_model_and_text(
-        path, config, dtype=dtype, device=device, quantization=quantization, report=report
-    )
+
+    def load(on_facts: Callable[[ModelFacts], None]) -> ModelRunner:
+        return load_runner(path, config, dtype=dtype, device=device, quantization=quantization, on_facts=on_facts)
+
+    runner, codec = load_model_and_text(path, load, report)
     structured = StructuredOutput(codec)
     delivery = Delivery()
     engine = EngineLoop(

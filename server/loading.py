@@ -4,9 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
-from server.engine import EngineConfig, ModelFacts, ModelRunner, Quantization, load_runner
+from server.engine import ModelFacts, ModelRunner
 from server.engine.selfcheck import check_against_reference
 from server.text import TextCodec
 
@@ -14,15 +12,12 @@ __all__ = ["load_model_and_text"]
 
 
 def load_model_and_text(
-    path: Path,
-    config: EngineConfig,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    quantization: Quantization,
-    report: Callable[[str], None],
+    path: Path, load: Callable[[Callable[[ModelFacts], None]], ModelRunner], report: Callable[[str], None]
 ) -> tuple[ModelRunner, TextCodec]:
     """Load a local model folder; while the model is made fast, another thread makes the tokenizer.
+
+    Args:
+        load: `load_runner` for this folder, given who is told of its facts.
 
     Raises:
         InvalidRequestError: as `load_runner`, `check_against_reference` and `TextCodec`.
@@ -34,7 +29,7 @@ def load_model_and_text(
             vocab_size, eos = facts.vocab_size, facts.eos_token_ids
             codecs.append(beside.submit(lambda: TextCodec(path, vocab_size=vocab_size, eos_token_ids=eos)))
 
-        runner = load_runner(path, config, dtype=dtype, device=device, quantization=quantization, on_facts=make_codec)
+        runner = load(make_codec)
         error = check_against_reference(runner)
         report(f"the engine agrees with transformers on this model (relative error {error:.1e})")
         return runner, codecs[0].result()

@@ -45,6 +45,7 @@ EXTERNAL: dict[str, set[str]] = {
     "server.jobs.tasks": {"huggingface_hub", "safetensors", "torch", "transformers"},
     "server.jobs.tasks.s3": {"boto3", "botocore"},
     "server.leases": set(),
+    "server.loading": set(),
     "server.memory": set(),
     "server.metrics": {"prometheus_client"},
     "server.schemas": {"pydantic"},

@@ -69,7 +69,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "processor": names[0] if names else platform.processor(),
         "has": [flag for flag in wanted if flag in flags],
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "python": platform.python_version(),
     }
 
