@@ -24,6 +24,7 @@ from lora_core.transfer import Copies
 __all__ = ["FIELDS", "AdapterTable", "DeviceSlots", "LayerKernels", "flatten", "to_device"]
 
 FIELDS = 8
+COUNTERS = 1 << 14
 ALIGNMENT = 256
 
 
@@ -32,12 +33,16 @@ class AdapterTable:
 
     Attributes:
         rows: [L, S, FIELDS] int64.
+        counters: [COUNTERS] int32, zeros between launches: how many programs have done their part of a sum.
+        gained: slots whose adapters have gains; another object when it changes.
         configs: launch parameters that were measured for the kernels (`lora_core.ops.tuning`).
     """
 
     def __init__(self, num_layers: int, max_slots: int, device: torch.device) -> None:
         self.configs: dict[Hashable, Any] = {}
         self.rows = torch.zeros(num_layers, max_slots, FIELDS, dtype=torch.int64, device=device)
+        self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        self.gained: frozenset[int] = frozenset()
 
     def write(self, slot: int, folded: Mapping[int, Folded], copies: Copies) -> None:
         """Tell where a slot's arrays are now.
@@ -49,6 +54,9 @@ class AdapterTable:
         for layer, part in folded.items():
             host[layer, :5] = torch.tensor([*map(_address, (part.a, part.b, part.gain, part.bias)), part.rank])
         copies.copy(self.rows[:, slot], host)
+        has_gain = any(part.gain is not None for part in folded.values())
+        if has_gain != (slot in self.gained):
+            self.gained ^= {slot}
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -14,7 +14,7 @@ For inference only; a layer's own weight is then held inside the group, and read
 
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,14 @@ from lora_core.native.linear import NativeInt4Weight, NativeWeight
 from lora_core.ops.cpu import SplitGroup
 from lora_core.ops.kernels import KernelGroup
 from lora_core.ops.native import NativeGroup, can_be_native
+from lora_core.ops.plan import MANY_TOKENS
 from lora_core.packing import Int4Weight, PackedWeight, can_be_int4
 from lora_core.quant import is_quantized
 from lora_core.quant_product import joined_weight, quantized_form
 from lora_core.slots import LayerSlots, SlotsOfLayer
+
+if TYPE_CHECKING:
+    from lora_core.ops.triton import Delta
 
 __all__ = ["JoinedWeight", "PackedLinear", "SharedLinears", "find_shared_inputs", "share_inputs"]
 
@@ -100,6 +104,19 @@ class SharedLinears:
         if route is not None and not route.is_base:
             self.adapters.apply(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), route, self.bias)
         return y
+
+    def apart(self, x: Tensor) -> "tuple[Tensor, Delta | None]":
+        """Outputs [T, ΣO] of x [T, I], and what adapters add to them if that is not in them already.
+
+        For layers whose adapters kernels apply, and whoever adds it as `lora_core.ops.triton.Delta` says.
+        """
+        route = self.router.route
+        if route is None or route.is_base:
+            return self.multiply(x), None
+        assert isinstance(self.adapters, KernelGroup)
+        if len(x) >= MANY_TOKENS:
+            return self(x), None
+        return self.adapters.beside(x, route, self.multiply)
 
     def multiply(self, x: Tensor) -> Tensor:
         """The same without adapters."""

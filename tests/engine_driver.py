@@ -131,6 +131,7 @@ def generate_rows(
 def logprob_errors(model: Any, prompt: Sequence[int], outcome: Outcome) -> Tensor:
     """How far the log-probabilities of an output's tokens are from those that a model gives them, [tokens]."""
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([[*prompt, *outcome.tokens[:-1]]])).logits[0, len(prompt) - 1 :]
+        ids = torch.tensor([[*prompt, *outcome.tokens[:-1]]], device=model.device)
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 :]
     wanted = logits.float().log_softmax(-1)[range(len(outcome.tokens)), outcome.tokens]
-    return (torch.tensor(outcome.logprobs) - wanted).abs()
+    return (torch.tensor(outcome.logprobs) - wanted.cpu()).abs()

@@ -86,7 +86,7 @@ def save(model: peft.PeftModel, folder: Path) -> Path:
 
 def greedy(model: Any, prompt_ids: list[int], num_tokens: int) -> tuple[list[int], torch.Tensor]:
     """`num_tokens` greedy tokens by transformers' generate, and the logits [num_tokens, V] that they come from."""
-    ids = torch.tensor([prompt_ids])
+    ids = torch.tensor([prompt_ids], device=model.device)
     model.generation_config.eos_token_id = None
     with torch.no_grad():
         out = model.generate(

@@ -25,7 +25,7 @@ def quantized_linear(linear: nn.Linear, kind: str) -> nn.Linear:
         out.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=out, **options)
     if has_bias:
         out.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
-    return out.to("cpu").train(linear.training)
+    return out.to(linear.weight.device).train(linear.training)
 
 
 def quantized_model(model: Any, kind: str) -> Any:

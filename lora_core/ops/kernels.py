@@ -3,18 +3,27 @@
 The kernels' module is imported when the first group is made, so that Triton is needed only where they are used.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lora_core.device_slots import DeviceSlots
 from lora_core.ops.cpu import apply_segments
-from lora_core.ops.plan import NUM_ENTRIES, RANKS, PlannedRoute, RoutePlan
+from lora_core.ops.plan import NUM_ENTRIES, RANKS, SMALL_TILE, PlannedRoute, RoutePlan
 from lora_core.routing import Route
 
+if TYPE_CHECKING:
+    from lora_core.ops.triton import Delta
+
 __all__ = ["KernelGroup"]
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class KernelGroup:
@@ -32,14 +41,15 @@ class KernelGroup:
         sizes = [member.out_features for member in slots]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         self._spans = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-        table = slots[0].table
-        assert table is not None
+        assert slots[0].table is not None
+        self._adapters = table = slots[0].table
         assert all(member.table is table for member in slots)
         numbers = torch.tensor([[member.layer for member in slots], starts, sizes], dtype=torch.int32)
         layers, on_device_starts, on_device_sizes = numbers.to(table.rows.device)
         features = slots[0].in_features
         self._table = kernels.LayerTable(
             table.rows,
+            table.counters,
             layers,
             on_device_starts,
             on_device_sizes,
@@ -66,10 +76,12 @@ class KernelGroup:
             x = torch.zeros(tile_tokens, features, dtype=dtype, device=device)
             y = torch.zeros(tile_tokens, sum(sizes), dtype=dtype, device=device)
             for num_entries in (*numbers, numbers[-1] + 1):
-                plan = RoutePlan(num_entries, num_entries, tile_tokens, device)
+                plan = RoutePlan(num_entries, num_entries, tile_tokens, device, tile_tokens)
                 plan.fill([])
                 for rank in (*RANKS, *self._kernels.RANK_BLOCKS):
                     self._kernels.apply_plan(y, x, self._table, plan, base_bias, rank)
+                    if tile_tokens == SMALL_TILE:
+                        self._kernels.delta_of_plan(x, self._table, plan, rank)
 
     def apply(self, y: Tensor, x: Tensor, route: Route, base_bias: Tensor | None) -> None:
         """Add the adapters' part in place; see `lora_core.ops.apply_lora`.
@@ -92,6 +104,33 @@ class KernelGroup:
         if rank is not None:
             self._kernels.apply_plan(y, x, self._table, self._plan(route, x), base_bias, rank)
 
+    def delta(self, x: Tensor, route: Route) -> "Delta | None":
+        """The adapters' part for whoever adds it to the layers' outputs; None if there is none.
+
+        Args:
+            x: [T, I] of the adapters' dtype, with few tokens (`MANY_TOKENS`).
+        """
+        if isinstance(route, PlannedRoute):
+            is_base, plan, rank = route.is_base, route.plan, route.max_rank
+        else:
+            highest = None if route.is_base else self._highest_rank(route)
+            is_base, rank = highest is None, highest or 0
+            plan = None if is_base else self._plan(route, x)  # type: ignore[assignment]
+        return None if is_base else self._kernels.delta_of_plan(x, self._table, plan, rank)
+
+    def beside(self, x: Tensor, route: Route, multiply: Callable[[Tensor], Tensor]) -> "tuple[Tensor, Delta | None]":
+        """`multiply(x)` and `delta(x, route)`: side by side, on streams of their own, in a recorded step."""
+        if not x.is_cuda or not torch.cuda.is_current_stream_capturing():
+            delta = self.delta(x, route)
+            return multiply(x), delta
+        main, side = torch.cuda.current_stream(), _side_stream(x.device)
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            delta = self.delta(x, route)
+        y = multiply(x)
+        main.wait_stream(side)  # also before either's memory is anybody else's
+        return y, delta
+
     def _highest_rank(self, route: Route) -> int | None:
         """Of the route's adapters on these layers; None if none of them touches any. Kept with the route."""
         layouts = tuple([slots.layout for slots in self._slots])
@@ -102,9 +141,10 @@ class KernelGroup:
 
     def _plan(self, route: Route, x: Tensor) -> RoutePlan:
         """Made once a step for all layers."""
-        key = ("kernels", x.shape[0], x.device)
+        key = ("kernels", x.shape[0], x.device, self._adapters.gained)
         if key not in route.cache:
-            route.cache[key] = RoutePlan.of(route, x.shape[0], self._table.rows.shape[1], x.device)
+            max_slots = self._table.rows.shape[1]
+            route.cache[key] = RoutePlan.of(route, x.shape[0], max_slots, x.device, self._adapters.gained)
         plan = route.cache[key]
         assert isinstance(plan, RoutePlan)
         return plan

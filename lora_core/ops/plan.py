@@ -7,10 +7,11 @@ that want none are in no tile, so nothing touches them.
     tokens   | 3 4 5 9 |     | 0 1 -1 -1 |   | 7 -1 -1 -1 |     -1: nobody
     entries  (a)             (a) (b)         (c)                weights [M] each
 
-A plan's grid is its capacity: what is beyond the tiles in use is marked as nobody's, so that a plan of fixed size and
-addresses serves every batch that fits into it (CUDA graphs).
+A plan tells how many of its tiles are in use, so that one of fixed size and addresses serves every batch that fits into
+it (CUDA graphs).
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -84,42 +85,59 @@ class RoutePlan:
     """Tensors on the device, views of one buffer.
 
     Args:
-        num_tiles, num_entries: capacity, C and E.
+        num_tiles, num_entries, num_tokens: capacity, C, E and T.
         tile_tokens: M, a power of two, at least 16.
 
     Attributes:
+        counts: [2] int32, the tiles and entries in use.
+        flags: [T] int32, of each token of a batch: 0 it is in no tile, 1 in one, 2 in one with an adapter with gains.
         tokens: [C, M] int32, -1 for nobody.
         starts: [C + 1] int32; the entries of tile c are [starts[c], starts[c + 1]).
-        entry_tiles, entry_slots: [E] int32; a slot of -1 is nobody's.
+        entry_tiles, entry_slots: [E] int32.
         weights: [E, M] float32.
     """
 
-    def __init__(self, num_tiles: int, num_entries: int, tile_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, num_tiles: int, num_entries: int, tile_tokens: int, device: torch.device, num_tokens: int
+    ) -> None:
         self.num_tiles, self.num_entries, self.tile_tokens = num_tiles, num_entries, tile_tokens
-        sizes = [num_tiles * tile_tokens, num_tiles + 1, num_entries, num_entries, num_entries * tile_tokens]
+        sizes = [2, num_tokens, num_tiles * tile_tokens, num_tiles + 1, num_entries, num_entries]
+        sizes.append(num_entries * tile_tokens)
         self._sizes = [-(-size // ALIGNED) * ALIGNED for size in sizes]
         self._buffer = torch.empty(sum(self._sizes), dtype=torch.int32, device=device)
         parts = [part[:size] for part, size in zip(self._buffer.split(self._sizes), sizes, strict=True)]
-        self.tokens, self.starts, self.entry_tiles, self.entry_slots = parts[:4]
-        self.weights = parts[4].view(torch.float32)
+        self.counts, self.flags, self.tokens, self.starts, self.entry_tiles, self.entry_slots = parts[:6]
+        self.weights = parts[6].view(torch.float32)
 
     @classmethod
-    def of(cls, route: Route, num_tokens: int, max_slots: int, device: torch.device) -> "RoutePlan":
-        """A plan that is just large enough for a route of `num_tokens` tokens."""
+    def of(
+        cls,
+        route: Route,
+        num_tokens: int,
+        max_slots: int,
+        device: torch.device,
+        gained: Collection[int] = (),
+    ) -> "RoutePlan":
+        """A plan that is just large enough for a route of `num_tokens` tokens; `gained` as for `fill`."""
         tile_tokens = SMALL_TILE if num_tokens < MANY_TOKENS else LARGE_TILE
         tiles = tiles_of(route, num_tokens, tile_tokens, max_slots)
-        plan = cls(len(tiles), sum(len(tile.slots) for tile in tiles), tile_tokens, device)
-        plan.fill(tiles)
+        plan = cls(len(tiles), sum(len(tile.slots) for tile in tiles), tile_tokens, device, num_tokens)
+        plan.fill(tiles, gained)
         return plan
 
     def fits(self, tiles: list[Tile]) -> bool:
         """The plan has room for them."""
         return len(tiles) <= self.num_tiles and sum(len(tile.slots) for tile in tiles) <= self.num_entries
 
-    def fill(self, tiles: list[Tile]) -> None:
-        """Write tiles that fit into the plan, in one copy; what is left over is nobody's."""
+    def fill(self, tiles: list[Tile], gained: Collection[int] = ()) -> None:
+        """Write tiles that fit into the plan, in one copy; what is left over is nobody's.
+
+        Args:
+            gained: slots whose adapters have gains.
+        """
         assert self.fits(tiles)
         size = self.tile_tokens
+        flags = [0] * self.flags.shape[0]
         tokens: list[int] = []
         starts = [0]
         entry_tiles: list[int] = []
@@ -131,13 +149,17 @@ class RoutePlan:
             entry_tiles += [number] * len(tile.slots)
             entry_slots += tile.slots
             starts.append(len(entry_slots))
+            flag = 2 if any(slot in gained for slot in tile.slots) else 1
+            for token in tile.tokens:
+                flags[token] = flag
             for column in tile.weights:
                 weights += column + [0.0] * num_blank
         integers: list[int] = []
-        parts = ((tokens, -1), (starts, starts[-1]), (entry_tiles, 0), (entry_slots, -1))
+        counts = [len(tiles), len(entry_slots)]
+        parts = ((counts, 0), (flags, 0), (tokens, -1), (starts, starts[-1]), (entry_tiles, 0), (entry_slots, 0))
         for (values, blank), part_size in zip(parts, self._sizes, strict=False):  # weights are no integers
             integers += values + [blank] * (part_size - len(values))
-        weights += [0.0] * (self._sizes[4] - len(weights))
+        weights += [0.0] * (self._sizes[-1] - len(weights))
         host = torch.empty(self._buffer.shape, dtype=torch.int32, pin_memory=self._buffer.is_cuda)
         host[: len(integers)] = torch.tensor(integers, dtype=torch.int32)
         host[len(integers) :].view(torch.float32).copy_(torch.tensor(weights, dtype=torch.float32))

@@ -126,10 +126,8 @@ def tuner_for(folder: Path, device: torch.device) -> Tuner:
     file = re.sub(r"[^A-Za-z0-9.]+", "-", f"{name}-triton-{triton.__version__}") + ".json"
     if device.type != "cuda":
         return Tuner(folder / file, _wall_time_s)
-    from triton.compiler import max_shared_mem  # noqa: PLC0415 - optional
-
-    number = torch.cuda.current_device() if device.index is None else device.index
-    return Tuner(folder / file, _cuda_time_s, max_shared_mem(number))
+    properties: Any = torch.cuda.get_device_properties(device)
+    return Tuner(folder / file, _cuda_time_s, properties.shared_memory_per_block_optin)
 
 
 def num_buffers(num_stages: int, num_rows: int) -> int:
@@ -143,11 +141,11 @@ def shrink_bytes(config: Any, tile_tokens: int, itemsize: int) -> int:
     return int(num_buffers(config.num_stages, tile_tokens) * parts)
 
 
-def expand_bytes(config: Any, splits: int, tile_tokens: int, itemsize: int) -> int:
-    """Of an `ExpandConfig`: parts of b, all splits of h's, and their sum."""
-    h_part, b_part = tile_tokens * config.block_r * 4, config.block_r * config.block_o * itemsize
-    buffers = num_buffers(config.num_stages, tile_tokens)
-    return int(buffers * b_part + (config.num_stages - 1) * splits * h_part + h_part)
+def expand_bytes(config: Any, tile_tokens: int, itemsize: int) -> int:
+    """Of an `ExpandConfig`: parts of h and b, and the sums while they are brought into the order of y."""
+    parts = config.block_r * (tile_tokens + config.block_o) * itemsize
+    sums = tile_tokens * config.block_o * 4
+    return int(max(num_buffers(config.num_stages, tile_tokens) * parts, sums))
 
 
 def _cuda_time_s(run: Callable[[], object]) -> float:
@@ -229,6 +227,7 @@ class _TrialLayers:
         columns = torch.tensor([[*range(len(sizes))], starts, [*sizes]], dtype=torch.int32).to(device)
         self._layers: Any = kernels.LayerTable(
             table.rows,
+            table.counters,
             columns[0],
             columns[1],
             columns[2],
@@ -242,36 +241,30 @@ class _TrialLayers:
         """The `LaunchConfigs` that are fastest with so many full tiles."""
         kernels, layers, rank = self._kernels, self._layers, self._rank
         device, num_tokens = layers.rows.device, num_entries * tile_tokens
-        plan = RoutePlan(num_entries, num_entries, tile_tokens, device)
+        plan = RoutePlan(num_entries, num_entries, tile_tokens, device, num_tokens)
         tokens = list(range(num_tokens))
         plan.fill(
             [Tile((0,), tokens[i : i + tile_tokens], [[1.0] * tile_tokens]) for i in range(0, num_tokens, tile_tokens)]
         )
         x = torch.randn(num_tokens, layers.in_features, device=device).to(self._dtype)
         y = torch.zeros(num_tokens, sum(layers.out_features), dtype=self._dtype, device=device)
-        start = kernels.LaunchConfigs.default(plan, layers, rank, x.element_size())
+        start = layers.launch_configs(plan, rank, x.element_size())
         shape = f"{layers.in_features} to {layers.out_features}, {self._dtype}"
         key = f"{source_digest(kernels)} {shape}, rank {rank}, {num_entries} of {tile_tokens}"
         itemsize = x.element_size()
-
-        def both_bytes(config: Any) -> int:
-            """With the other kernel's, which shares the splits: there must be one that fits."""
-            other = expand_bytes(start.expand, config.split_k, tile_tokens, itemsize)
-            return max(shrink_bytes(config, tile_tokens, itemsize), other)
-
         shrink = tuner.best(
             f"shrink {key}",
             start.shrink,
             SHRINK_OPTIONS,
             lambda config: kernels.shrink(x, layers, plan, rank, config),
-            both_bytes,
+            lambda config: shrink_bytes(config, tile_tokens, itemsize),
         )
         h = kernels.shrink(x, layers, plan, rank, shrink)
         expand = tuner.best(
-            f"expand {key}, split {shrink.split_k}",
+            f"expand {key}",
             start.expand,
             EXPAND_OPTIONS,
-            lambda config: kernels.expand(y, h, layers, plan, None, config),
-            lambda config: expand_bytes(config, shrink.split_k, tile_tokens, itemsize),
+            lambda config: kernels.expand(y, y, h, layers, plan, config, base_bias=None, in_place=True),
+            lambda config: expand_bytes(config, tile_tokens, itemsize),
         )
         return kernels.LaunchConfigs(shrink, expand)

@@ -71,12 +71,13 @@ class _Inputs:
 
 @dataclass(slots=True)
 class _Recording:
-    """`route` is what the plan holds now."""
+    """`route` is what the plan holds now, and `gained` the slots that had gains then."""
 
     replay: Callable[[], None]
     logits: Tensor
     plan: RoutePlan
-    route: Route | None
+    route: Route | None = None
+    gained: frozenset[int] = frozenset()
 
 
 class DecodeGraphs:
@@ -148,9 +149,10 @@ class DecodeGraphs:
         if last is not None:
             inputs.tokens[0] = with_tokens(inputs.tokens[0], last)
         inputs.attention.fill(batch.spans, self._step.cache.block_size)
-        if recording.route is not batch.route:
-            recording.plan.fill(tiles)
-            recording.route = batch.route
+        gained = self._bank.table.gained
+        if recording.route is not batch.route or recording.gained is not gained:
+            recording.plan.fill(tiles, gained)
+            recording.route, recording.gained = batch.route, gained
 
     def _make_inputs(self, size: int) -> _Inputs:
         cache = self._step.cache
@@ -162,7 +164,7 @@ class DecodeGraphs:
 
     def _record(self, size: int, entries: int) -> _Recording:
         inputs = self._inputs[size]
-        plan = RoutePlan(size if entries else 0, size * entries, SMALL_TILE, self._step.cache.device)
+        plan = RoutePlan(size if entries else 0, size * entries, SMALL_TILE, self._step.cache.device, size)
         plan.fill([])
         route = PlannedRoute(size, plan, MAX_RANK)
 
@@ -170,4 +172,4 @@ class DecodeGraphs:
             return self._step.compute(inputs.tokens, inputs.attention, route, route, inputs.last_rows)
 
         replay, logits = self._capture(run)
-        return _Recording(replay, logits, plan, None)
+        return _Recording(replay, logits, plan)

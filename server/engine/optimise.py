@@ -4,7 +4,7 @@ The model's code stays as it is. Modules are replaced after loading, each only w
 of another kind runs with whatever fits it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -13,8 +13,7 @@ from lora_core import LoraLinear
 from lora_core.quant_product import is_batch_dependent
 from lora_core.shared import find_shared_inputs, share_inputs
 from server.engine.attention import replace_attention
-from server.engine.decoder import replace_decoders
-from server.engine.kv_cache import LayerShape
+from server.engine.layers import StackKind, replace_layers
 from server.engine.model import run_probe
 from server.engine.replace import replace_mlps, replace_norms
 
@@ -39,12 +38,12 @@ class Optimised:
 
 
 def optimise(
-    model: nn.Module, layers: Mapping[str, LoraLinear], cached: Sequence[LayerShape] = (), *, as_int4: bool = False
+    model: nn.Module, layers: Mapping[str, LoraLinear], stack: StackKind | None = None, *, as_int4: bool = False
 ) -> Optimised:
     """Change the model in place; its layers have their slots already.
 
     Args:
-        cached: what each attention layer's cache holds, if C attends.
+        stack: what computes several layers at once.
         as_int4: the weights are rounded to 4 bits, and few rows read them so.
     """
     names = find_shared_inputs(layers, lambda: run_probe(model))
@@ -55,7 +54,7 @@ def optimise(
     num_blocks = replace_attention(model, lambda: run_probe(model), groups)
     num_mlps, num_norms = replace_mlps(model, groups), replace_norms(model)
     _leave_the_file(model)  # before C is told where weights lie
-    num_decoders = replace_decoders(model, lambda: run_probe(model), cached) if cached else 0
+    num_decoders = replace_layers(model, lambda: run_probe(model), stack) if stack else 0
     shapes = frozenset((group.members[0].in_features, tuple(group.sizes)) for group in groups)
     num_layers = sum(len(group.members) for group in groups)
     return Optimised(len(groups), num_layers, num_blocks, num_mlps, num_norms, num_decoders, shapes)

@@ -22,9 +22,12 @@ from server.engine.attention import (
     use_step,
 )
 from server.engine.batch import Batch, with_tokens
+from server.engine.decoder import NativeLayers
+from server.engine.device_layers import DeviceLayers
 from server.engine.device_step import DeviceStep, what_kernels_lack
 from server.engine.graphs import Capture, CudaCapture, DecodeGraphs
 from server.engine.kv_cache import KVCache
+from server.engine.layers import StackKind
 from server.engine.model import ModelFacts, inspect_model, load_model
 from server.engine.optimise import optimise
 from server.engine.quantization import Quantization, checkpoint_quantization
@@ -132,8 +135,10 @@ class ModelRunner:
         self.bank: ModelSlots = attach_slots(
             self.layers, config.max_slots, dtype=self.dtype, model=model, use_kernels=self.uses_kernels
         )
-        cached = self.facts.layers if self.is_native else ()
-        self.optimised = optimise(model, self.layers, cached, as_int4=as_int4)
+        stack: StackKind | None = None
+        if self.is_native or self.uses_kernels:
+            stack = (NativeLayers if self.is_native else DeviceLayers)(self.facts.layers)
+        self.optimised = optimise(model, self.layers, stack, as_int4=as_int4)
         self._attend_configs: Mapping[Hashable, Any] = self._tune() if self.uses_kernels else NO_CONFIGS
         self.graphs: DecodeGraphs | None = None
         if self.uses_kernels and config.use_cuda_graphs and (on_cuda or capture is not None):

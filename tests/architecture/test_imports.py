@@ -30,6 +30,7 @@ EXTERNAL: dict[str, set[str]] = {
     "server.durable": set(),
     "server.engine": {"torch", "transformers"},
     "server.engine.attention.kernels": {"torch", "triton"},
+    "server.engine.layer_kernels": {"torch", "triton"},
     "server.allocator": set(),
     "server.engine.blocks": set(),
     "server.engine.fairness": set(),

@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs: every operation of a run is noted with its tensors, and done again without the Python.
+"""CUDA graphs in tests, or a stand-in: every operation of a run is noted with its tensors, and done again.
 
 As in a graph, numbers that Python saw are fixed, addresses are fixed, and asking a tensor for its value is an error.
 """
@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
+
+from server.engine.graphs import CudaCapture
+from tests.device import DEVICE
 
 SYNCS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
 
@@ -54,13 +57,18 @@ def _address(tensor: Tensor) -> int:
 
 
 class RecordingCapture:
-    """The `Capture` of tests."""
+    """The `Capture` of tests: a graph where there is a GPU."""
 
     def __init__(self, monkeypatch: Any) -> None:
         self._monkeypatch = monkeypatch
+        self._graphs = CudaCapture() if DEVICE.type == "cuda" else None
         self.num_recordings = 0
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        self.num_recordings += 1
+        return self._note(run) if self._graphs is None else self._graphs(run)
+
+    def _note(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         recorded = RecordedCalls()
         launch = interpreter.GridExecutor.__call__
 
@@ -72,7 +80,6 @@ class RecordingCapture:
         with self._monkeypatch.context() as patch, torch.inference_mode(), recorded:
             patch.setattr(interpreter.GridExecutor, "__call__", noted)
             output = run()
-        self.num_recordings += 1
 
         def replay() -> None:
             with torch.inference_mode():

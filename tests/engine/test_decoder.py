@@ -12,7 +12,8 @@ from lora_core.maths import Folded
 from lora_core.shared import SharedLinears
 from server.engine import EngineConfig, ModelRunner
 from server.engine.batch import Batch, build_batch
-from server.engine.decoder import DecoderStack, Seconds, Seen, StackedForward
+from server.engine.decoder import DecoderStack, Seconds
+from server.engine.layers import Seen, StackedForward
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.scheduler import Chunk, Step
 from tests.engine_driver import FixedLease

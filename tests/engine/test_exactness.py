@@ -14,8 +14,10 @@ from lora_core import Route, Run, UnsupportedError, fold_adapter, load_adapter
 from server.demo import ensure_demo_model
 from server.engine import EngineConfig, EngineLoop, ModelRunner
 from server.engine.batch import build_batch
+from server.engine.graphs import CudaCapture
 from server.engine.scheduler import Chunk, Step
 from tests import peft_adapters
+from tests.device import DEVICE
 from tests.engine_driver import Driver, FixedLease, generate_rows, greedy
 from tests.tiny_models import ARCHITECTURES, VOCABULARY, tiny_model
 
@@ -38,7 +40,7 @@ class Case:
 
 def _demo_model() -> Any:
     folder = ensure_demo_model(report=print)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE).eval()
 
 
 @pytest.fixture(params=[*ARCHITECTURES, pytest.param("smollm2", marks=pytest.mark.slow)])
@@ -47,7 +49,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
     print(f"seed {seed}")
     is_demo = request.param == "smollm2"
     architecture = "llama" if is_demo else request.param
-    base = _demo_model() if is_demo else tiny_model(architecture, seed)
+    base = _demo_model() if is_demo else tiny_model(architecture, seed).to(DEVICE)
     models = {
         name: peft_adapters.peft_model(base, architecture, seed + i, std=0.02 if is_demo else 0.2, **config)
         for i, (name, config) in enumerate(peft_adapters.variants(architecture).items())
@@ -111,7 +113,7 @@ def _generate_and_compare(case: Case, rows: list[str]) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_adapters_with_modules_of_several_layers_of_their_own(architecture: str, tmp_path: Path) -> None:
-    base = tiny_model(architecture, random.randrange(1 << 30))
+    base = tiny_model(architecture, random.randrange(1 << 30)).to(DEVICE)
     settings = {"mlp": {"modules_to_save": ["mlp"]}, "one": {"modules_to_save": ["1.mlp", "k_proj"]}, "lora": {}}
     case = Case(ModelRunner(copy.deepcopy(base), EngineConfig(block_size=4, kv_bytes=1 << 24)), {"base": {}}, {})
     case.references["base"] = base
@@ -124,7 +126,7 @@ def test_adapters_with_modules_of_several_layers_of_their_own(architecture: str,
 
 
 def test_a_module_that_attends_is_refused_as_an_adapters_own(tmp_path: Path) -> None:
-    base = tiny_model("llama", 0)
+    base = tiny_model("llama", 0).to(DEVICE)
     runner = ModelRunner(copy.deepcopy(base), EngineConfig(block_size=4, kv_bytes=1 << 24))
     for i, name in enumerate(("self_attn", "layers.1")):
         model = peft_adapters.peft_model(base, "llama", 0, r=4, target_modules=["down_proj"], modules_to_save=[name])
@@ -141,6 +143,8 @@ def test_preemption_does_not_change_the_tokens(case: Case) -> None:
     small = replace(case.runner.config, kv_bytes=per_block * (1 + 2 * -(-need // 4)))
     case.runner.config = small
     case.runner.cache = case.runner._make_cache()
+    if case.runner.graphs is not None:
+        case.runner.graphs = case.runner._record(CudaCapture())
     engine = EngineLoop(case.runner)
     driver = Driver(engine)
     for row, prompt in zip(rows, prompts, strict=True):
@@ -165,7 +169,7 @@ def test_base_rows_keep_their_bits_whoever_is_in_the_batch(case: Case) -> None:
         request.block_ids = list(range(block, block + count))
         block += count
     step = Step([Chunk(request, 0, len(request.prompt_ids)) for request in requests], list(range(1, block)))
-    batch = build_batch(step, 4, torch.device("cpu"))
+    batch = build_batch(step, 4, DEVICE, spans_only=case.runner.reads_spans)
     mixed = case.runner.forward(batch)
     off = Route([Run({}, batch.route.num_rows)])
     plain = case.runner.forward(replace(batch, route=off, head_route=Route([Run({}, len(requests))])))

@@ -22,6 +22,7 @@ from server.engine.device_step import DeviceStep
 from server.engine.kv_cache import KVCache, LayerShape
 from server.engine.scheduler import Chunk, Step
 from server.engine.selfcheck import check_against_reference
+from tests.device import DEVICE
 from tests.engine.recorded_graph import RecordingCapture
 from tests.engine_driver import Driver, FixedLease, greedy
 from tests.native_kinds import without_native
@@ -31,7 +32,6 @@ __all__ = ["without_native"]
 
 pytestmark = pytest.mark.usefixtures("without_native")
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK = 4
 CONFIG = EngineConfig(
     max_running=4,

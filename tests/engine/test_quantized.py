@@ -27,10 +27,10 @@ from server.engine.quantization import checkpoint_quantization, loading_options
 from server.engine.selfcheck import check_against_reference
 from server.errors import ConflictError, InvalidRequestError
 from tests import peft_adapters
+from tests.device import DEVICE
 from tests.engine_driver import generate_rows, logprob_errors
 from tests.tiny_folder import write_tiny_folder
 
-CPU = torch.device("cpu")
 KINDS = [Quantization("nf4"), Quantization("nf4", double_quant=True), Quantization("fp4"), Quantization("int8")]
 NUM_TOKENS = 8
 INT8_TOLERANCE = 0.4
@@ -46,7 +46,7 @@ def label(quantization: Quantization) -> str:
 
 def in_full_precision(model: Any) -> Any:
     """A copy whose linear layers are plain ones with the numbers of the quantized ones."""
-    full = AutoModelForCausalLM.from_config(without_quantization(model.config), dtype=torch.float32).eval()
+    full = AutoModelForCausalLM.from_config(without_quantization(model.config), dtype=torch.float32).to(DEVICE).eval()
     values = {name: value.detach().float() for name, value in model.named_parameters()}
     values |= {f"{name}.weight": dequantized_weight(m) for name, m in model.named_modules() if is_quantized(m)}
     with torch.no_grad():
@@ -86,13 +86,14 @@ class Case:
 
 def write_torchao_folder(folder: Path, kind: str, seed: int) -> None:
     """A tiny model that torchao has quantized, as transformers saves it."""
+    pytest.importorskip("torchao")
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
 
     write_tiny_folder(folder.with_name("full"), "llama", seed)
     four_bits = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16))
     config = TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8" else four_bits)
     model = AutoModelForCausalLM.from_pretrained(
-        folder.with_name("full"), dtype=torch.float32, quantization_config=config, device_map={"": "cpu"}
+        folder.with_name("full"), dtype=torch.float32, quantization_config=config, device_map={"": DEVICE}
     )
     model.save_pretrained(folder)
 
@@ -119,10 +120,10 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
         quantization = Quantization()
     else:
         write_tiny_folder(folder, "llama", seed)
-    base: Any = read_model(folder, dtype=torch.float32, device=CPU, quantization=quantization)
+    base: Any = read_model(folder, dtype=torch.float32, device=DEVICE, quantization=quantization)
     full = in_full_precision(base)
     config = EngineConfig(max_running=16, max_step_tokens=19, max_slots=12, block_size=4, kv_bytes=1 << 28)
-    runner = load_runner(folder, config, dtype=torch.float32, device=CPU, quantization=quantization)
+    runner = load_runner(folder, config, dtype=torch.float32, device=DEVICE, quantization=quantization)
     check_against_reference(runner)
     models, slots, references = {}, {"base": {}}, {"base": base}
     everything = peft_adapters.variants("llama")
@@ -159,11 +160,11 @@ def test_a_mixed_batch_equals_peft_row_by_row(case: Case) -> None:
     errors: list[float] = []
     for row, prompt, outcome in zip(case.slots, prompts, outcomes, strict=True):
         assert len(outcome.tokens) == NUM_TOKENS
-        ids = torch.tensor([prompt + outcome.tokens[:-1]])
+        ids = torch.tensor([prompt + outcome.tokens[:-1]], device=DEVICE)
         with torch.no_grad():
             logits = case.references[row](input_ids=ids).logits[0, len(prompt) - 1 :].float()
         found = torch.tensor(outcome.logprobs)
-        wanted = logits.log_softmax(-1)[range(NUM_TOKENS), outcome.tokens]
+        wanted = logits.log_softmax(-1)[range(NUM_TOKENS), outcome.tokens].cpu()
         errors.append(float((found - wanted).abs().max()))
         print(f"{row}: off by {errors[-1]:.2g}")
         assert float((found - wanted).abs().max()) <= case.tolerance, row
@@ -182,14 +183,14 @@ def test_the_layout_that_is_fast_in_bfloat16_has_the_same_answers(tmp_path: Path
     )  # fmt: skip
     folder = tmp_path / "base"
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    model: Any = load_model(folder, dtype=torch.bfloat16, device=CPU, quantization=Quantization("nf4", True))
+    model: Any = load_model(folder, dtype=torch.bfloat16, device=DEVICE, quantization=Quantization("nf4", True))
     full = in_full_precision(model)
     adapter = peft_adapters.peft_model(full, "llama", seed, std=0.1, **peft_adapters.VARIANTS["dora"])
     saved = peft_adapters.save(adapter, tmp_path / "dora")
     runner = ModelRunner(model, EngineConfig(max_running=4, max_slots=2, kv_bytes=1 << 24))
     check_against_reference(runner)
     runner.bank.load(0, fold_adapter(load_adapter(saved), runner.model, dtype=torch.bfloat16))
-    ids = torch.randint(3, 128, (1, 20))
+    ids = torch.randint(3, 128, (1, 20), device=DEVICE)
     outcomes = generate_rows(runner, [(ids[0].tolist(), {}), (ids[0].tolist(), {0: 1.0})], 1)
     for reference, outcome in zip((full, adapter), outcomes, strict=True):
         with torch.no_grad():
@@ -204,11 +205,11 @@ def test_a_saved_copy_loads_back_without_the_flag(
     quantization: Quantization, architecture: str, tmp_path: Path
 ) -> None:
     write_tiny_folder(tmp_path / "base", architecture, random.randrange(1 << 30))
-    size = save_quantized(tmp_path / "base", tmp_path / "small", quantization, dtype=torch.float32, device=CPU)
+    size = save_quantized(tmp_path / "base", tmp_path / "small", quantization, dtype=torch.float32, device=DEVICE)
     assert 0 < size < (tmp_path / "base" / "model.safetensors").stat().st_size
     assert (tmp_path / "small" / "tokenizer.json").is_file()
-    kept = load_model(tmp_path / "small", dtype=torch.float32, device=CPU)
-    made = load_model(tmp_path / "base", dtype=torch.float32, device=CPU, quantization=quantization)
+    kept = load_model(tmp_path / "small", dtype=torch.float32, device=DEVICE)
+    made = load_model(tmp_path / "base", dtype=torch.float32, device=DEVICE, quantization=quantization)
     assert checkpoint_quantization(kept.config) == checkpoint_quantization(made.config) == quantization.kind
     names = [name for name, layer in made.named_modules() if is_quantized(layer)]
     assert names == [name for name, layer in kept.named_modules() if is_quantized(layer)]
@@ -216,23 +217,25 @@ def test_a_saved_copy_loads_back_without_the_flag(
     for name in names:
         one, other = (dequantized_weight(model.get_submodule(name)) for model in (kept, made))
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
-    ids = torch.randint(3, 300, (1, 12))
+    ids = torch.randint(3, 300, (1, 12), device=DEVICE)
     with torch.no_grad():
         torch.testing.assert_close(kept(input_ids=ids).logits, made(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
-    same = load_model(tmp_path / "small", dtype=torch.float32, device=CPU, quantization=Quantization(quantization.kind))
+    same = load_model(
+        tmp_path / "small", dtype=torch.float32, device=DEVICE, quantization=Quantization(quantization.kind)
+    )
     assert checkpoint_quantization(same.config) == quantization.kind
     with pytest.raises(ConflictError, match="exists"):
-        save_quantized(tmp_path / "base", tmp_path / "small", quantization, dtype=torch.float32, device=CPU)
+        save_quantized(tmp_path / "base", tmp_path / "small", quantization, dtype=torch.float32, device=DEVICE)
     other_kind = Quantization("nf4" if quantization.kind != "nf4" else "int8")
     with pytest.raises(InvalidRequestError, match="already") as caught:
-        load_model(tmp_path / "small", dtype=torch.float32, device=CPU, quantization=other_kind)
+        load_model(tmp_path / "small", dtype=torch.float32, device=DEVICE, quantization=other_kind)
     assert caught.value.code == "quantization_conflict"
 
 
 def test_merging_into_a_quantized_base_is_in_kind(tmp_path: Path) -> None:
     write_tiny_folder(tmp_path / "base", "llama", seed := random.randrange(1 << 30))
     for quantization in KINDS:
-        model: Any = read_model(tmp_path / "base", dtype=torch.float32, device=CPU, quantization=quantization)
+        model: Any = read_model(tmp_path / "base", dtype=torch.float32, device=DEVICE, quantization=quantization)
         full = in_full_precision(model)
         adapter = peft_adapters.peft_model(full, "llama", seed, std=0.1, **peft_adapters.VARIANTS["dora"])
         saved = peft_adapters.save(adapter, tmp_path / label(quantization))
@@ -254,7 +257,7 @@ def test_merging_into_a_quantized_base_is_in_kind(tmp_path: Path) -> None:
 def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda wanted: None if wanted == name else object())
     with pytest.raises(InvalidRequestError, match=name) as caught:
-        loading_options(SimpleNamespace(), Quantization("nf4"), dtype=torch.float32, device=CPU)
+        loading_options(SimpleNamespace(), Quantization("nf4"), dtype=torch.float32, device=DEVICE)
     assert caught.value.code == "quantization_missing"
 
 
@@ -266,17 +269,19 @@ def test_a_device_without_kernels_is_named() -> None:
 
 def test_full_precision_needs_no_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda wanted: object())
-    assert loading_options(SimpleNamespace(), Quantization(), dtype=torch.float32, device=CPU) == {}
+    assert loading_options(SimpleNamespace(), Quantization(), dtype=torch.float32, device=DEVICE) == {}
     config = SimpleNamespace(quantization_config={"quant_method": "gptq"})
     assert checkpoint_quantization(config) == "gptq"
-    assert loading_options(config, Quantization(), dtype=torch.float32, device=CPU) == {"device_map": {"": "cpu"}}
+    assert loading_options(config, Quantization(), dtype=torch.float32, device=DEVICE) == {
+        "device_map": {"": str(DEVICE)}
+    }
     both = SimpleNamespace(quantization_config=BitsAndBytesConfig(load_in_8bit=True))
     assert checkpoint_quantization(both) == "int8"
 
 
 def test_head_and_embeddings_stay_in_full_precision(tmp_path: Path) -> None:
     write_tiny_folder(tmp_path / "base", "llama", random.randrange(1 << 30))
-    model = load_model(tmp_path / "base", dtype=torch.float32, device=CPU, quantization=Quantization("nf4"))
+    model = load_model(tmp_path / "base", dtype=torch.float32, device=DEVICE, quantization=Quantization("nf4"))
     plain = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and not is_quantized(m)}
     assert plain == {"lm_head"}
     saved = json.loads((tmp_path / "base" / "config.json").read_text())
@@ -299,7 +304,7 @@ class OpaqueLinear(nn.Module):
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # the second has biases
 def test_layers_of_other_packages_are_asked_for_their_weight_and_not_written(architecture: str, tmp_path: Path) -> None:
     write_tiny_folder(tmp_path / "base", architecture, seed := random.randrange(1 << 30))
-    model: Any = load_model(tmp_path / "base", dtype=torch.float32, device=CPU)
+    model: Any = load_model(tmp_path / "base", dtype=torch.float32, device=DEVICE)
     full = copy.deepcopy(model)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and name != "lm_head":

@@ -16,10 +16,10 @@ from lora_core.ops import plan as plans
 from lora_core.ops import triton as kernels
 from lora_core.ops.kernels import KernelGroup
 from lora_core.ops.plan import PlannedRoute, RoutePlan, tiles_of
+from tests.device import DEVICE
 from tests.lora_core import test_ops
 from tests.lora_core.test_ops import KINDS, WORKLOADS, definition
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 I, SIZES, SLOTS = 40, (20, 36), 8  # noqa: E741 - the names of the literature
 RANKS = [1, 3, 8, 16, 40, 70]
 TOLERANCES: dict[torch.dtype, dict[str, float]] = {
@@ -228,7 +228,7 @@ def test_adapters_of_another_dtype_than_the_model(stored: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["base_only", "distinct", "uniform_mix", "zipf"])
 def test_one_plan_of_fixed_size_serves_every_batch(name: str) -> None:
     layers = make_layers(torch.float32)
-    plan = RoutePlan(24, 80, plans.SMALL_TILE, DEVICE)
+    plan = RoutePlan(24, 80, plans.SMALL_TILE, DEVICE, 64)
     group = KernelGroup(layers.slots)
     address = plan.tokens.data_ptr()
     for again in ("skewed", name):
@@ -258,4 +258,4 @@ def test_tiles_hold_every_token_that_wants_an_adapter_once() -> None:
             assert token not in seen
             seen[token] = {slot: column[place] for slot, column in zip(tile.slots, tile.weights, strict=True)}
     assert seen == {i: weights for i, weights in enumerate(rows) if weights}
-    assert not RoutePlan(1, 1, 16, DEVICE).fits(tiles)
+    assert not RoutePlan(1, 1, 16, DEVICE, 16).fits(tiles)

@@ -97,6 +97,9 @@ class DeviceAttention:
         positions: [T] int64, where the new tokens' keys and values go in the pool; -1 for a token of nobody's.
         plan: the step's tiles.
         configs: measured launch parameters (`tune_attention`).
+
+    Attributes:
+        cache: what it reads and writes.
     """
 
     def __init__(
@@ -105,8 +108,8 @@ class DeviceAttention:
         from server.engine.attention import kernels  # noqa: PLC0415 - Triton is optional
 
         self._kernels: Any = kernels
-        self._cache = cache
-        self._positions = positions
+        self.cache = cache
+        self.positions = positions
         self._tiles = [
             kernels.Tiles(fields, plan.blocks, num_queries, num_splits, configs)
             for fields, num_queries, num_splits in (
@@ -118,10 +121,15 @@ class DeviceAttention:
         self._rotations = Rotations()
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        keys, values = self._cache.heads(call.layer)
+        keys, values = self.cache.heads(call.layer)
         query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
-        self._kernels.store(keys, values, self._positions, key, value)
-        out = query.new_empty(*query.shape[:2], value.shape[-1])
+        self._kernels.store(keys, values, self.positions, key, value)
+        return self.read(call, query)
+
+    def read(self, call: AttentionCall, query: Tensor) -> Tensor:
+        """Attention of queries [T, H, D], contiguous along D, whose keys and values the cache holds: [T, H, Dv]."""
+        keys, values = self.cache.heads(call.layer)
+        out = query.new_empty(*query.shape[:2], values.shape[-1])
         for tiles in self._tiles:
             self._kernels.attend(call, query, keys, values, tiles, out)
         return out
