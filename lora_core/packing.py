@@ -9,7 +9,9 @@ Elsewhere PyTorch multiplies bfloat16 some twenty times as slowly as the process
 
 import functools
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +44,8 @@ class PackedWeight:
         kinds: tuple[type[_OneDnnWeight] | type[NativeWeight], ...] = (_OneDnnWeight, NativeWeight)
         kind = next((kind for kind in kinds if _is_packable(weight) and kind.can_hold(weight.dtype)), None)
         self.is_packed = kind is not None
-        self._form = _PlainWeight(weight) if kind is None else kind(weight)
+        plain = _DeviceWeight if weight.is_cuda and find_spec("triton") is not None else _PlainWeight
+        self._form = plain(weight) if kind is None else kind(weight)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., I], bias [O] -> [..., O]."""
@@ -67,6 +70,23 @@ class _PlainWeight:
 
     def unpack(self) -> Tensor:
         return self._weight
+
+
+class _DeviceWeight(_PlainWeight):
+    """With kernels of our own for few rows, where these are faster."""
+
+    def __init__(self, weight: Tensor) -> None:
+        from lora_core.ops import few_rows  # noqa: PLC0415 - Triton is optional
+
+        super().__init__(weight)
+        self._few_rows: Any = few_rows if few_rows.can_multiply(weight) else None
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        kernels, num_outputs = self._few_rows, len(self._weight)
+        if kernels is None or not 0 < x.numel() <= kernels.MAX_ROWS * x.shape[-1] or x.dtype != self._weight.dtype:
+            return super().__call__(x, bias)
+        out: Tensor = kernels.multiply(x.reshape(-1, x.shape[-1]), self._weight, bias)
+        return out.view(*x.shape[:-1], num_outputs)
 
 
 class _OneDnnWeight:

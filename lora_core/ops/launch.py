@@ -7,7 +7,7 @@ from lora_core.ops.plan import LARGE_TILE, RoutePlan
 __all__ = ["RANK_BLOCKS", "ExpandConfig", "LaunchConfigs", "ShrinkConfig"]
 
 # Input features that one program of a split sums over, in decoding; and ranks that one product takes at once.
-SPLIT_FEATURES, MAX_SPLITS = 512, 16
+SPLIT_FEATURES, MAX_SPLITS = 512, 8
 RANK_BLOCKS = (16, 32, 64)
 # In decoding, whose recorded steps know only the highest rank that there may be, most adapters have few.
 MOST_RANKS = 32
@@ -30,7 +30,13 @@ class ShrinkConfig:
         splits = min(MAX_SPLITS, _power_of_2(-(-in_features // SPLIT_FEATURES)))
         if plan.tile_tokens == LARGE_TILE:
             splits = min(splits, 4) if plan.num_entries <= LARGE_TILE else 1
-        return cls(_rank_block(plan, rank), block_k, splits, 4, 3 if itemsize < 4 else 2)
+        return cls(
+            _rank_block(plan, rank),
+            block_k,
+            splits,
+            4 if plan.tile_tokens == LARGE_TILE else 2,
+            3 if itemsize < 4 else 2,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +52,9 @@ class ExpandConfig:
     def default(cls, plan: RoutePlan, max_size: int, rank: int, itemsize: int) -> "ExpandConfig":
         """Large tiles have the sums of outputs and gains in the registers of eight warps."""
         is_large, is_wide = plan.tile_tokens == LARGE_TILE, itemsize >= 4
-        block_o = min(64 if is_large and (is_wide or rank > 32) else 128, max(16, _power_of_2(max_size)))
-        return cls(_rank_block(plan, rank), block_o, 8 if is_large else 4, 2 if is_large or is_wide else 3)
+        most = 256 if not is_large and not is_wide else 64 if is_large and (is_wide or rank > 32) else 128
+        block_o = min(most, max(16, _power_of_2(max_size)))
+        return cls(_rank_block(plan, rank), block_o, 8 if is_large else 4, 2)
 
 
 @dataclass(frozen=True, slots=True)

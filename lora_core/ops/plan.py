@@ -93,6 +93,7 @@ class RoutePlan:
         flags: [T] int32, of each token of a batch: 0 it is in no tile, 1 in one, 2 in one with an adapter with gains.
         tokens: [C, M] int32, -1 for nobody.
         starts: [C + 1] int32; the entries of tile c are [starts[c], starts[c + 1]).
+        tile_slots: [C] int32, of their first ones.
         entry_tiles, entry_slots: [E] int32.
         weights: [E, M] float32.
     """
@@ -101,13 +102,14 @@ class RoutePlan:
         self, num_tiles: int, num_entries: int, tile_tokens: int, device: torch.device, num_tokens: int
     ) -> None:
         self.num_tiles, self.num_entries, self.tile_tokens = num_tiles, num_entries, tile_tokens
-        sizes = [2, num_tokens, num_tiles * tile_tokens, num_tiles + 1, num_entries, num_entries]
+        sizes = [2, num_tokens, num_tiles * tile_tokens, num_tiles + 1, num_tiles, num_entries, num_entries]
         sizes.append(num_entries * tile_tokens)
         self._sizes = [-(-size // ALIGNED) * ALIGNED for size in sizes]
         self._buffer = torch.empty(sum(self._sizes), dtype=torch.int32, device=device)
         parts = [part[:size] for part, size in zip(self._buffer.split(self._sizes), sizes, strict=True)]
-        self.counts, self.flags, self.tokens, self.starts, self.entry_tiles, self.entry_slots = parts[:6]
-        self.weights = parts[6].view(torch.float32)
+        self.counts, self.flags, self.tokens, self.starts, self.tile_slots = parts[:5]
+        self.entry_tiles, self.entry_slots = parts[5:7]
+        self.weights = parts[7].view(torch.float32)
 
     @classmethod
     def of(
@@ -156,7 +158,9 @@ class RoutePlan:
                 weights += column + [0.0] * num_blank
         integers: list[int] = []
         counts = [len(tiles), len(entry_slots)]
-        parts = ((counts, 0), (flags, 0), (tokens, -1), (starts, starts[-1]), (entry_tiles, 0), (entry_slots, 0))
+        tile_slots = [tile.slots[0] for tile in tiles]
+        lists = counts, flags, tokens, starts, tile_slots, entry_tiles, entry_slots
+        parts = zip(lists, (0, 0, -1, starts[-1], 0, 0, 0), strict=True)
         for (values, blank), part_size in zip(parts, self._sizes, strict=False):  # weights are no integers
             integers += values + [blank] * (part_size - len(values))
         weights += [0.0] * (self._sizes[-1] - len(weights))

@@ -264,7 +264,7 @@ class _TrialLayers:
             f"expand {key}",
             start.expand,
             EXPAND_OPTIONS,
-            lambda config: kernels.expand(y, y, h, layers, plan, config, base_bias=None, in_place=True),
+            lambda config: kernels.expand(y, h, layers, plan, None, config),
             lambda config: expand_bytes(config, tile_tokens, itemsize),
         )
         return kernels.LaunchConfigs(shrink, expand)

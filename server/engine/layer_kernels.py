@@ -5,7 +5,8 @@
     add_norm   hidden += y; norm(hidden)
 
 Where adapters have left what they add beside an output (`lora_core.ops.triton.Delta`), it is added as the output is
-read, rounded as if it had been added in place.
+read, rounded as if it had been added in place. Products and sums are not fused, so that a row without an adapter has
+the same bits in both variants of a kernel.
 """
 
 from typing import Any
@@ -66,6 +67,7 @@ def rotate(
         BLOCK_HALF=triton.next_power_of_2(dim // 2),
         HEADS=HEADS,
         num_warps=4,
+        enable_fp_fusion=False,
     )
     return query
 
@@ -85,6 +87,7 @@ def gate(both: Tensor, delta: Delta | None, bias: Tensor | None) -> Tensor:
         HAS_BIAS=bias is not None,
         BLOCK=block,
         num_warps=4,
+        enable_fp_fusion=False,
     )
     return out
 
@@ -110,6 +113,7 @@ def add_norm(
         HAS_NORM=weight is not None,
         BLOCK=block,
         num_warps=min(16, max(4, block // 512)),
+        enable_fp_fusion=False,
     )
     return out
 

@@ -17,6 +17,8 @@ __all__ = ["Drawn", "RowLogprobs", "Sampled", "draw", "sample"]
 
 # With top_p alone, so many of the most likely tokens are looked at before all are sorted.
 NUM_CANDIDATES = 1_024
+# Of a row of logits, whose greatest are found side by side.
+MAX_PARTS = 64
 # Rows of logits that are turned into float32 at once for log-probabilities.
 MAX_LOGPROB_ROWS = 64
 
@@ -73,7 +75,7 @@ def draw(
         eos_token_ids: tokens that end a sequence, for `min_tokens`.
     """
     logits = logits.float()
-    peaks, tokens = logits.max(dim=-1)  # NaN and +inf end up in the peaks
+    peaks, tokens = _maxima(logits)  # NaN and +inf end up in the peaks
     is_finite = peaks.isfinite()
     drawn = [i for i, request in enumerate(requests) if request.sampling.temperature > 0]
     adjusted = [i for i, request in enumerate(requests) if needs_adjusting(request)]
@@ -95,6 +97,17 @@ def draw(
             shifted[[place for place, _ in both]] = changed[[k for _, k in both]]
         tokens[rows] = _draw(shifted - peaks[rows, None], [requests[i] for i in drawn])
     return Drawn(tokens, is_finite, frozenset(blocked), _Logprobs(logits, tokens, requests))
+
+
+def _maxima(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row [N, V], and where they are; a GPU has few programs for few long rows, so these are taken in parts."""
+    if not logits.is_cuda or logits.shape[1] % MAX_PARTS:
+        peaks, tokens = logits.max(dim=-1)
+        return peaks, tokens
+    peaks, places = logits.view(len(logits), MAX_PARTS, -1).max(dim=-1)
+    found, parts = peaks.max(dim=-1)
+    within = places.gather(1, parts[:, None])[:, 0]
+    return found, parts * (logits.shape[1] // MAX_PARTS) + within
 
 
 def sample(

@@ -11,6 +11,7 @@ from tests.architecture.source_tree import PACKAGES, Source, sources
 EXTERNAL: dict[str, set[str]] = {
     "lora_core": {"regex", "safetensors", "torch"},
     "loramux_client": {"httpx", "pydantic"},
+    "lora_core.ops.four_bit": {"torch", "triton"},
     "lora_core.ops.triton": {"torch", "triton"},
     "lora_core.ops.tuning": {"torch", "triton"},
     "lora_core.quant": {"bitsandbytes", "torch"},

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from tests.engine.compile_kernels import DTYPES, SHARED_BYTES, Launch, _split
+from tests.engine.compile_kernels import DTYPES, SHARED_BYTES, Launch, _split, expand_launch, shrink_launch
 
 __all__ = ["main"]
 
@@ -29,27 +29,14 @@ def candidates(dtype: str) -> Iterator[tuple[int, Launch]]:
     from lora_core.ops.tuning import EXPAND_OPTIONS, SHRINK_OPTIONS, expand_bytes, shrink_bytes
 
     itemsize = DTYPES[dtype].itemsize
-    types = dict.fromkeys(("layers", "tokens", "entry_slots", "entry_tiles"), "*i32")
-    types |= {"h": "*fp32", "table": "*i64", "weights": "*fp32"}
-    lists = dict.fromkeys(("member_starts", "member_sizes", "tile_starts"), "*i32")
-    outputs = {"y": f"*{dtype}", "base_bias": f"*{dtype}"}
     for tile_tokens, block_r in itertools.product((SMALL_TILE, LARGE_TILE), kernels.RANK_BLOCKS):
         own = {"NUM_FIELDS": FIELDS, "WIDEN": False, "M": tile_tokens}
         for shrink in _combinations(kernels.ShrinkConfig(block_r, 64, 1, 4, 2), SHRINK_OPTIONS):
-            constants, launch = _split(shrink)
-            constants |= own | {"SPLIT_K": shrink.split_k}
-            bound = shrink_bytes(shrink, tile_tokens, itemsize)
-            yield (
-                bound,
-                Launch(f"shrink {dtype} {constants}", kernels._shrink, {"x": f"*{dtype}"} | types, constants, **launch),
-            )
+            yield shrink_bytes(shrink, tile_tokens, itemsize), shrink_launch(f"{dtype} {shrink}", dtype, shrink, own)
         for expand in _combinations(kernels.ExpandConfig(block_r, 64, 4, 2), EXPAND_OPTIONS):
-            for splits in SHRINK_OPTIONS["split_k"]:
-                constants, launch = _split(expand)
-                constants |= own | {"SPLIT_K": splits, "HAS_BASE_BIAS": True, "IS_ALIGNED": True}
-                known = {name: kind for name, kind in (types | lists | outputs).items() if name != "entry_tiles"}
-                bound = expand_bytes(expand, splits, tile_tokens, itemsize)
-                yield bound, Launch(f"expand {dtype} {constants}", kernels._expand, known, constants, **launch)
+            flags = {"HAS_BASE_BIAS": True, "IS_ALIGNED": True, "IN_PLACE": bool(random.getrandbits(1))}
+            launch = expand_launch(f"{dtype} {expand} {flags}", dtype, expand, own | flags)
+            yield expand_bytes(expand, tile_tokens, itemsize), launch
 
 
 def attention_candidates(dtype: str) -> Iterator[tuple[int, Launch]]:

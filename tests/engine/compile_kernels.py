@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Of a thread's bytes: ptxas stops at 128 registers where two programs then run side by side, at the price of a few.
 MAX_SPILLED_BYTES = 128
+UNALIGNED = ("num_tokens", "window", "group_size", "num_entries", "num_rows", "num_slots")
 CONFIG_FIELDS = ("num_warps", "num_stages")
 
 
@@ -34,6 +35,7 @@ class Launch:
     Attributes:
         kind: for people.
         pointers: types by argument; arguments that are neither pointers nor constants are 32-bit integers.
+        own_shared_bytes: of memory that the kernel asks for itself.
     """
 
     kind: str
@@ -43,6 +45,7 @@ class Launch:
     floats: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 2
+    own_shared_bytes: int = 0
 
     def compile(self, capability: int) -> tuple[int, int, int]:
         """Returns bytes of shared memory, registers of a thread, and bytes that are spilled."""
@@ -62,7 +65,7 @@ class Launch:
         aligned = {
             (place,): [["tt.divisibility", 16]]
             for place, name in enumerate(names)
-            if signature[name] not in ("constexpr", "fp32") and name not in ("num_tokens", "window", "group_size")
+            if signature[name] not in ("constexpr", "fp32") and name not in UNALIGNED
         }
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=self.constants, attrs=aligned)
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -73,7 +76,7 @@ class Launch:
         assert made.asm["ptx"]
         spilled = sum(map(int, re.findall(r"(\d+) bytes spill", log.getvalue())))
         registers = max(map(int, re.findall(r"Used (\d+) registers", log.getvalue())))
-        return made.metadata.shared, registers, spilled
+        return made.metadata.shared + self.own_shared_bytes, registers, spilled
 
 
 def adapters(dtype: str) -> Iterator[Launch]:
@@ -82,24 +85,70 @@ def adapters(dtype: str) -> Iterator[Launch]:
     from lora_core.ops import triton as kernels
     from lora_core.ops.plan import LARGE_TILE, SMALL_TILE, RoutePlan
 
-    plan_types = dict.fromkeys(("layers", "tokens", "entry_slots"), "*i32")
-    table = {"h": "*fp32", "table": "*i64", "weights": "*fp32"}
-    lists = dict.fromkeys(("member_starts", "member_sizes", "tile_starts"), "*i32")
-    outputs = {"y": f"*{dtype}", "base_bias": f"*{dtype}"}
     for tile_tokens, num_entries in ((SMALL_TILE, 8), (LARGE_TILE, 8), (LARGE_TILE, LARGE_TILE + 1)):
-        plan = RoutePlan(num_entries, num_entries, tile_tokens, torch.device("cpu"))
+        plan = RoutePlan(num_entries, num_entries, tile_tokens, torch.device("cpu"), tile_tokens)
         for rank in kernels.RANK_BLOCKS:
             shrink = kernels.ShrinkConfig.default(plan, 4_096, rank, DTYPES[dtype].itemsize)
-            own = {"NUM_FIELDS": FIELDS, "WIDEN": False, "M": tile_tokens, "SPLIT_K": shrink.split_k}
-            constants, launch = _split(shrink)
-            types = {"x": f"*{dtype}", "entry_tiles": "*i32"} | plan_types | table
-            kind = f"{dtype} tiles of {tile_tokens}, rank {rank}, {shrink.split_k} splits"
-            yield Launch(f"shrink {kind}", kernels._shrink, types, own | constants, **launch)
+            own = {"NUM_FIELDS": FIELDS, "WIDEN": False, "M": tile_tokens}
+            kind = f"{dtype} tiles of {tile_tokens}, rank {rank}"
+            yield shrink_launch(f"{kind}, {shrink.split_k} splits", dtype, shrink, own)
             expand = kernels.ExpandConfig.default(plan, 14_336, rank, DTYPES[dtype].itemsize)
-            constants, launch = _split(expand)
-            flags = {"HAS_BASE_BIAS": rank > SMALL_TILE, "IS_ALIGNED": rank < LARGE_TILE}
-            types = outputs | lists | plan_types | table
-            yield Launch(f"expand {kind}", kernels._expand, types, own | flags | constants, **launch)
+            for in_place in (True, False) if tile_tokens == SMALL_TILE else (True,):
+                flags = {"HAS_BASE_BIAS": rank > SMALL_TILE, "IS_ALIGNED": rank < LARGE_TILE, "IN_PLACE": in_place}
+                yield expand_launch(f"{kind}, in place {in_place}", dtype, expand, own | flags)
+
+
+def shrink_launch(kind: str, dtype: str, config: Any, own: dict[str, Any]) -> Launch:
+    """The first of the adapters' kernels."""
+    from lora_core.ops import triton as kernels
+
+    names = ("counters", "layers", "counts", "tokens", "entry_tiles", "entry_slots")
+    types = dict.fromkeys(names, "*i32") | {"table": "*i64", "weights": "*fp32", "x": f"*{dtype}", "h": f"*{dtype}"}
+    types["parts"] = "*fp32" if config.split_k > 1 else f"*{dtype}"
+    constants, launch = _split(config)
+    return Launch(f"shrink {kind}", kernels._shrink, types, own | {"SPLIT_K": config.split_k} | constants, **launch)
+
+
+def expand_launch(kind: str, dtype: str, config: Any, own: dict[str, Any]) -> Launch:
+    """The second."""
+    from lora_core.ops import triton as kernels
+
+    names = ("layers", "member_starts", "member_sizes", "counts", "flags", "tokens", "tile_starts", "tile_slots")
+    types = dict.fromkeys((*names, "entry_slots"), "*i32") | {"table": "*i64", "weights": "*fp32"}
+    types |= dict.fromkeys(("y", "gains", "h", "base_bias"), f"*{dtype}")
+    constants, launch = _split(config)
+    return Launch(f"expand {kind}", kernels._expand, types, own | constants, **launch)
+
+
+def between_products(dtype: str) -> Iterator[Launch]:
+    """What lies between the products of an 8B model's layers."""
+    from server.engine import layer_kernels as kernels
+
+    own = f"*{dtype}"
+    delta = {"flags": "*i32", "added": own, "gains": own, "bias": own}
+    for flags in ({"HAS_DELTA": False, "HAS_BIAS": False}, {"HAS_DELTA": True, "HAS_BIAS": True}):
+        kind = f"{dtype} {'with' if flags['HAS_DELTA'] else 'without'} adapters"
+        types = delta | dict.fromkeys(("heads", "cos", "sin", "query", "keys", "values"), own) | {"positions": "*i64"}
+        sizes = {"DIM": 128, "BLOCK_HALF": 64, "HEADS": kernels.HEADS}
+        yield Launch(f"rotate {kind}", kernels._rotate, types, flags | sizes)
+        types = delta | dict.fromkeys(("both", "out"), own)
+        yield Launch(f"gate {kind}", kernels._gate, types, flags | {"BLOCK": kernels.GATE_COLUMNS})
+        types = delta | dict.fromkeys(("hidden", "y", "weight", "out"), own)
+        constants = flags | {"HAS_NORM": True, "BLOCK": 4_096}
+        yield Launch(f"add_norm {kind}", kernels._add_norm, types, constants, ("eps",), num_warps=8)
+
+
+def few_rows(dtype: str) -> Iterator[Launch]:
+    """Products of an 8B model's layers in half precision."""
+    from lora_core.ops import few_rows as kernels
+
+    types = dict.fromkeys(("x", "weight", "bias", "y"), f"*{dtype}")
+    for block_o, block_i in ((2, 2_048), (8, 512), (16, 256)):
+        constants = {"HAS_BIAS": True, "BLOCK_O": block_o, "BLOCK_I": block_i}
+        yield Launch(f"one row {dtype}, blocks of {block_o}", kernels._multiply_one, types, constants)
+    for rows, block_i in itertools.product((16, 32), (kernels.INPUT_STEP, kernels.INPUT_STEP // 2)):
+        constants = {"HAS_BIAS": True, "M": rows, "BLOCK_O": kernels.OUTPUT_STEP, "BLOCK_I": block_i, "WIDEN": False}
+        yield Launch(f"few rows {dtype}, {rows} by {block_i}", kernels._multiply, types, constants, num_stages=4)
 
 
 def attention(dtype: str) -> Iterator[Launch]:
@@ -131,6 +180,23 @@ def attention(dtype: str) -> Iterator[Launch]:
     yield Launch(f"join {dtype}", kernels._join, types, constants, num_warps=1)
 
 
+def four_bit(dtype: str) -> Iterator[Launch]:
+    """At the defaults for layers of an 8B model."""
+    from lora_core.ops import four_bit as kernels
+
+    types = dict.fromkeys(("y", "x", "pairs", "bias"), f"*{dtype}") | {"codes": "*u8", "absmax": "*fp32"}
+    rows = (1,) if dtype == "fp32" else (1, 16, kernels.MAX_ROWS)
+    for num_rows, num_outputs in itertools.product(rows, (4_096, 28_672)):
+        config = kernels.FourBitConfig.default(num_rows, num_outputs, DTYPES[dtype].itemsize)
+        constants, launch = _split(config)
+        is_half = dtype != "fp32"
+        flags = {"HAS_BIAS": num_rows == 1, "IS_EVEN": num_outputs < 8_192, "LOOK_UP": is_half, "WIDEN": False}
+        own = {"UNITS_PER_SCALE": 1, "STAGES": config.num_stages}
+        kind = f"four bits {dtype} {num_rows} rows, {num_outputs} outputs"
+        table = kernels.TABLE_BYTES if is_half else 0
+        yield Launch(kind, kernels._multiply, types, own | flags | constants, own_shared_bytes=table, **launch)
+
+
 def _split(config: Any) -> tuple[dict[str, Any], dict[str, int]]:
     """A config's constants and its launch options."""
     fields = asdict(config)
@@ -141,8 +207,16 @@ def _split(config: Any) -> tuple[dict[str, Any], dict[str, int]]:
 
 def compile_all(forms: Iterable[tuple[str, int]]) -> None:
     """Prints a line for each kernel in each dtype and for each capability, and what is wrong with it."""
+    seen: set[str] = set()  # a second compilation says nothing
     for dtype, capability in forms:
-        for launch in itertools.chain(adapters(dtype), attention(dtype)):
+        small = few_rows(dtype) if capability == 90 and dtype != "fp32" else ()
+        for launch in itertools.chain(
+            adapters(dtype), between_products(dtype), attention(dtype), four_bit(dtype), small
+        ):
+            key = f"{capability} {replace(launch, kind='')}"
+            if key in seen:
+                continue
+            seen.add(key)
             shared, registers, spilled = launch.compile(capability)
             faults = ["too much shared memory"] * (shared > SHARED_BYTES[capability]) + ["spills"] * (
                 spilled > MAX_SPILLED_BYTES

@@ -58,7 +58,7 @@ def test_the_fastest_is_found_and_kept(tmp_path: Path) -> None:
 
 def test_what_takes_more_shared_memory_than_there_is_is_not_tried(tmp_path: Path) -> None:
     def shared_bytes(config: Any) -> int:
-        return tuning.expand_bytes(config, 4, SMALL_TILE, 2)
+        return tuning.expand_bytes(config, SMALL_TILE, 2)
 
     clock = Clock(lambda config: -shared_bytes(config), [])
     tuner = Tuner(tmp_path / "x.json", clock.time_s, limit := 20 << 10)
@@ -68,22 +68,6 @@ def test_what_takes_more_shared_memory_than_there_is_is_not_tried(tmp_path: Path
     tuner.save()
     smaller = Tuner(tmp_path / "x.json", clock.time_s, shared_bytes(best) - 1)
     assert smaller.best("a", START, tuning.EXPAND_OPTIONS, clock.run, shared_bytes) != best
-
-
-def test_shrinking_leaves_room_for_expanding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Both kernels have the same splits, which the second one reads at once."""
-    monkeypatch.setattr(tuning, "SHRINK_OPTIONS", {"split_k": (1, 16)})
-    monkeypatch.setattr(tuning, "EXPAND_OPTIONS", {})
-    layers = tuning._TrialLayers(48, (32,), 64, torch.float32, DEVICE)
-    seconds = iter(range(100, 0, -1))  # the last one tried is the fastest
-
-    def time_s(run: Callable[[], object]) -> float:
-        run()
-        return next(seconds)
-
-    tuned = layers.tune(Tuner(tmp_path / "x.json", time_s), 1, LARGE_TILE)
-    assert tuned.shrink.split_k < 16
-    assert tuning.expand_bytes(tuned.expand, tuned.shrink.split_k, LARGE_TILE, 4) <= tuning.SMALLEST_SHARED_BYTES
 
 
 FOREIGN = json.dumps({"a": {"block_r": 16, "block_o": 48, "num_warps": 4, "num_stages": 2}})

@@ -21,7 +21,7 @@ from server.engine.attention.interface import AttentionCall
 
 __all__ = ["AttendConfig", "Tiles", "attend", "num_rows", "store"]
 
-BLOCK_KEYS = 64
+BLOCK_KEYS = 128
 # Shared memory for a program's queries, keys and values, of which the smallest GPUs have 99 KiB; for the latter alone.
 SHARED_BYTES, STAGES_BYTES = 96 << 10, 64 << 10
 # Sums that four warps hold in registers beside the rest.
@@ -38,7 +38,7 @@ class AttendConfig:
 
     @classmethod
     def default(cls, itemsize: int, num_rows: int, dim: int, value_dim: int) -> "AttendConfig":
-        """As many keys as there is room for beside the queries: 64 of 128 features in half precision; few in float32.
+        """As many keys as there is room for beside the queries: 128 of 128 features for 16 rows in half precision.
 
         Args:
             num_rows: queries of a program, `num_rows`; many with many features need the registers of more warps.
@@ -48,7 +48,7 @@ class AttendConfig:
             if _block(dim) > 128:  # ... of more warps; and one stage, for the queries take the room
                 return cls(16, 4 if num_rows <= 16 else 16, 1)
             return cls(16, 4 if num_rows <= 16 else 8, num_stages)
-        row_bytes = itemsize * (_block(dim) + _block(value_dim)) * num_stages
+        row_bytes = itemsize * (_block(dim) + _block(value_dim)) * num_buffers(num_stages, num_rows)
         room = min(STAGES_BYTES, SHARED_BYTES - itemsize * num_rows * _block(dim))
         num_keys = 1 << max(4, (room // row_bytes).bit_length() - 1)
         return cls(min(BLOCK_KEYS, num_keys), 4 if num_rows * _block(value_dim) <= WARP_SUMS else 8, num_stages)
