@@ -15,6 +15,7 @@ the default blocks of 64), a tenth of the whole.
 """
 
 import copy
+import logging
 from collections.abc import Hashable, Sequence
 from importlib.util import find_spec
 from typing import Any, cast
@@ -23,6 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.quant import dequantized_4bit, num_bits, scales_of
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["FourBitWeight", "Int8Weight", "is_batch_dependent", "joined_weight", "quantized_form"]
 
@@ -51,10 +54,10 @@ def _is_for_gpu(values: Tensor) -> bool:
 
 
 def _can_use_kernel(values: Tensor) -> bool:
-    """Triton is there, and the GPU has what it takes: shared memory, and bfloat16 in its products."""
+    """Triton is there, and the GPU is of the kind on which the kernel was measured."""
     if find_spec("triton") is None or torch.version.hip is not None:
         return False
-    return not values.is_cuda or torch.cuda.get_device_capability(values.device) >= (8, 0)
+    return not values.is_cuda or torch.cuda.get_device_capability(values.device) == (9, 0)
 
 
 def is_batch_dependent(layer: nn.Module) -> bool:
@@ -110,7 +113,11 @@ class FourBitWeight:
         one = torch.empty(1, state.shape[1], dtype=dtypes[0], device="meta")
         if self._values.is_cuda and four_bit.can_multiply(one, state.shape[1], state.blocksize):
             codes = self._values.view(torch.uint8).view(state.shape[0], -1)
-            four_bit.warm_up(codes, state.absmax, self._pairs[dtypes[0]], state.blocksize, has_bias=has_bias)
+            try:
+                four_bit.warm_up(codes, state.absmax, self._pairs[dtypes[0]], state.blocksize, has_bias=has_bias)
+            except RuntimeError as error:  # another version of Triton may count shared memory in another way
+                logger.warning("products in 4 bits are bitsandbytes', as the kernel cannot be launched: %s", error)
+                self._kernel = None
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., I], bias [ΣO] -> [..., ΣO]."""

@@ -7,7 +7,7 @@ as it can be, before it is known whether it is needed.
 import triton
 import triton.language as tl
 
-__all__ = ["delta_kernel", "expand_kernel", "shrink_kernel"]
+__all__ = ["expand_kernel", "shrink_kernel"]
 
 
 @triton.jit
@@ -18,19 +18,9 @@ def _product(a, b, acc, WIDEN: tl.constexpr):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
-@triton.jit
-def _vector(address, o, size, dtype: tl.constexpr):
-    """What is at an address, in float32; zeros if it is none."""
-    mask = o < tl.where(address != 0, size, 0)
-    return tl.load(address.to(tl.pointer_type(dtype)) + o, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _shrink_entries(
-    entry,
-    step,
-    split,
-    member,
+# Numbers that change from step to step: Triton would compile a variant for 1 and one for multiples of 16.
+@triton.jit(do_not_specialize=["num_entries", "parts_stride", "member_stride"])
+def shrink_kernel(
     x,
     h,
     parts,
@@ -45,7 +35,6 @@ def _shrink_entries(
     num_slots,
     in_features,
     num_entries,
-    num_members,
     x_stride,
     parts_stride,
     member_stride,
@@ -55,12 +44,14 @@ def _shrink_entries(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
-    TELL: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One split's part of h of every `step`-th entry from `entry` on; TELL: whoever waits for h is told."""
-    num_used = tl.load(counts + 1)
+    """Programs: entries, splits, members."""
+    entry = tl.program_id(0)
     slot, tile = tl.load(entry_slots + entry), tl.load(entry_tiles + entry)
+    split = tl.program_id(1)
+    member = tl.program_id(2)
+    num_used = tl.load(counts + 1)
     table += tl.load(layers + member).to(tl.int64) * num_slots * NUM_FIELDS
     h += member.to(tl.int64) * member_stride
     parts += member.to(tl.int64) * member_stride
@@ -93,30 +84,17 @@ def _shrink_entries(
                 tl.store(h + places + r[None, :], acc.to(h.dtype.element_ty), mask=(r < rank)[None, :])
             else:
                 tl.store(own_part + places + r[None, :], acc, mask=(r < rank)[None, :])
-        counter = counters + member * num_entries + entry
-        ready = counter + num_members * num_entries
         if SPLIT_K > 1:
-            _join_parts(h, parts, parts_stride, counter, ready, places, rank, M, BLOCK_R, SPLIT_K, TELL)
-        elif TELL:
-            _tell(ready)
-        entry += step
+            counter = counters + member * num_entries + entry
+            _join_parts(h, parts, parts_stride, counter, places, rank, M, BLOCK_R, SPLIT_K)
+        entry += tl.num_programs(0)
         slot = tl.load(entry_slots + tl.minimum(entry, num_entries - 1))
         tile = tl.load(entry_tiles + tl.minimum(entry, num_entries - 1))
 
 
 @triton.jit
 def _join_parts(
-    h,
-    parts,
-    parts_stride,
-    counter,
-    ready,
-    places,
-    rank,
-    M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    TELL: tl.constexpr,
+    h, parts, parts_stride, counter, places, rank, M: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_K: tl.constexpr
 ):
     """The last of an entry's programs to come sums what all have written, and leaves the counter as it was."""
     tl.debug_barrier()  # all of this program's threads have written
@@ -131,34 +109,14 @@ def _join_parts(
                 part = parts + split * stride + places + r[None, :]
                 total += tl.load(part, mask=(r < rank)[None, :], other=0.0, cache_modifier=".cg")
             tl.store(h + places + r[None, :], total.to(h.dtype.element_ty), mask=(r < rank)[None, :])
-        if TELL:
-            _tell(ready)
 
 
 @triton.jit
-def _tell(ready):
-    tl.debug_barrier()
-    tl.atomic_add(ready, 1)
-
-
-@triton.jit
-def _wait(ready):
-    num_told = tl.atomic_add(ready, 0)
-    while num_told == 0:
-        num_told = tl.atomic_add(ready, 0)
-
-
-@triton.jit
-def _expand_tiles(
-    tile,
-    step,
-    block,
-    member,
+def expand_kernel(
     y,
     gains,
     h,
     base_bias,
-    counters,
     table,
     layers,
     member_starts,
@@ -171,14 +129,11 @@ def _expand_tiles(
     entry_slots,
     weights,
     num_slots,
-    num_entries,
-    num_members,
     y_stride,
-    member_stride,
+    h_member_stride,
     h_stride,
     IN_PLACE: tl.constexpr,
     HAS_BASE_BIAS: tl.constexpr,
-    WAIT: tl.constexpr,
     NUM_FIELDS: tl.constexpr,
     M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -186,24 +141,27 @@ def _expand_tiles(
     IS_ALIGNED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """A block of the outputs of every `step`-th tile from `tile` on; WAIT: until h is told to be there."""
-    num_tiles = tl.load(counts)
+    """Programs: tiles, blocks of outputs, members."""
+    tile = tl.program_id(0)
     first_entry, last_entry = tl.load(tile_starts + tile), tl.load(tile_starts + tile + 1)
     slot = tl.load(tile_slots + tile)
     place = tl.arange(0, M)
     token = tl.load(tokens + tile * M + place)
+    block = tl.program_id(1)
+    member = tl.program_id(2)
+    num_tiles = tl.load(counts)
     size = tl.load(member_sizes + member)
     y_start = tl.load(member_starts + member)
     if IS_ALIGNED:
         size = tl.multiple_of(size, 16)
         y_start = tl.multiple_of(y_start, 16)
+    if block * BLOCK_O >= size:
+        return
     dtype = y.dtype.element_ty
     o = block * BLOCK_O + tl.arange(0, BLOCK_O)
     is_output = o < size
-    num_tiles = tl.where(block * BLOCK_O < size, num_tiles, 0)
     table += tl.load(layers + member).to(tl.int64) * num_slots * NUM_FIELDS
-    h += member.to(tl.int64) * member_stride
-    ready = counters + (num_members + member) * num_entries
+    h += member.to(tl.int64) * h_member_stride
     while tile < num_tiles:
         acc = tl.zeros([M, BLOCK_O], dtype=tl.float32)
         touched = tl.full([], 0, tl.int64)
@@ -215,7 +173,7 @@ def _expand_tiles(
             gain_address, bias_address = tl.load(row + 2), tl.load(row + 3)
             b = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(dtype)), 16)
             h_rows = h + (entry * M + place).to(tl.int64) * h_stride
-            acc = _expand_entry(acc, h_rows, b, rank.to(tl.int32), size, o, ready + entry, WAIT, BLOCK_R, WIDEN)
+            acc = _expand_entry(acc, h_rows, b, rank.to(tl.int32), size, o, BLOCK_R, WIDEN)
             if bias_address != 0:
                 weight = tl.load(weights + entry * M + place)[:, None]
                 acc += weight * _vector(bias_address, o, size, dtype)[None, :]
@@ -239,7 +197,7 @@ def _expand_tiles(
             if tl.max(tl.load(flags + token), 0) == 2:
                 own = _gains(table, entry_slots, weights, first_entry, last_entry, o, size, dtype, NUM_FIELDS, M)
                 tl.store(gains + places, own.to(dtype), mask=mask)
-        tile += step
+        tile += tl.num_programs(0)
         known = tl.minimum(tile, num_tiles - 1)
         first_entry, last_entry = tl.load(tile_starts + known), tl.load(tile_starts + known + 1)
         slot = tl.load(tile_slots + known)
@@ -247,21 +205,13 @@ def _expand_tiles(
 
 
 @triton.jit
-def _expand_entry(acc, h_rows, b, rank, size, o, ready, WAIT: tl.constexpr, BLOCK_R: tl.constexpr, WIDEN: tl.constexpr):
+def _expand_entry(acc, h_rows, b, rank, size, o, BLOCK_R: tl.constexpr, WIDEN: tl.constexpr):
     """acc + h·b of one entry."""
-    is_output = (o < size)[None, :]
-    r = tl.arange(0, BLOCK_R)
-    b_places = b + r.to(tl.int64)[:, None] * size + o[None, :]
-    b_part = tl.load(b_places, mask=(r < rank)[:, None] & is_output, other=0.0)
-    if WAIT:
-        _wait(ready)
-    h_part = tl.load(h_rows[:, None] + r[None, :], mask=(r < rank)[None, :], other=0.0, cache_modifier=".cg")
-    acc = _product(h_part, b_part, acc, WIDEN)
-    for first in range(BLOCK_R, rank, BLOCK_R):
+    for first in range(0, rank, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
-        h_part = tl.load(h_rows[:, None] + r[None, :], mask=(r < rank)[None, :], other=0.0, cache_modifier=".cg")
+        h_part = tl.load(h_rows[:, None] + r[None, :], mask=(r < rank)[None, :], other=0.0)
         b_places = b + r.to(tl.int64)[:, None] * size + o[None, :]
-        b_part = tl.load(b_places, mask=(r < rank)[:, None] & is_output, other=0.0)
+        b_part = tl.load(b_places, mask=(r < rank)[:, None] & (o < size)[None, :], other=0.0)
         acc = _product(h_part, b_part, acc, WIDEN)
     return acc
 
@@ -288,268 +238,8 @@ def _gains(
     return gain
 
 
-# Numbers that change from step to step: Triton would compile a variant for 1 and one for multiples of 16.
-@triton.jit(do_not_specialize=["num_entries", "num_members", "parts_stride", "member_stride"])
-def shrink_kernel(
-    x,
-    h,
-    parts,
-    counters,
-    table,
-    layers,
-    counts,
-    tokens,
-    entry_tiles,
-    entry_slots,
-    weights,
-    num_slots,
-    in_features,
-    num_entries,
-    num_members,
-    x_stride,
-    parts_stride,
-    member_stride,
-    h_stride,
-    NUM_FIELDS: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """Programs: entries, splits, members."""
-    _shrink_entries(
-        tl.program_id(0),
-        tl.num_programs(0),
-        tl.program_id(1),
-        tl.program_id(2),
-        x,
-        h,
-        parts,
-        counters,
-        table,
-        layers,
-        counts,
-        tokens,
-        entry_tiles,
-        entry_slots,
-        weights,
-        num_slots,
-        in_features,
-        num_entries,
-        num_members,
-        x_stride,
-        parts_stride,
-        member_stride,
-        h_stride,
-        NUM_FIELDS,
-        M,
-        BLOCK_R,
-        BLOCK_K,
-        SPLIT_K,
-        False,
-        WIDEN,
-    )
-
-
-@triton.jit(do_not_specialize=["num_entries", "num_members", "member_stride"])
-def expand_kernel(
-    y,
-    gains,
-    h,
-    base_bias,
-    counters,
-    table,
-    layers,
-    member_starts,
-    member_sizes,
-    counts,
-    flags,
-    tokens,
-    tile_starts,
-    tile_slots,
-    entry_slots,
-    weights,
-    num_slots,
-    num_entries,
-    num_members,
-    y_stride,
-    member_stride,
-    h_stride,
-    IN_PLACE: tl.constexpr,
-    HAS_BASE_BIAS: tl.constexpr,
-    NUM_FIELDS: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    IS_ALIGNED: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """Programs: tiles, blocks of outputs, members."""
-    _expand_tiles(
-        tl.program_id(0),
-        tl.num_programs(0),
-        tl.program_id(1),
-        tl.program_id(2),
-        y,
-        gains,
-        h,
-        base_bias,
-        counters,
-        table,
-        layers,
-        member_starts,
-        member_sizes,
-        counts,
-        flags,
-        tokens,
-        tile_starts,
-        tile_slots,
-        entry_slots,
-        weights,
-        num_slots,
-        num_entries,
-        num_members,
-        y_stride,
-        member_stride,
-        h_stride,
-        IN_PLACE,
-        HAS_BASE_BIAS,
-        False,
-        NUM_FIELDS,
-        M,
-        BLOCK_R,
-        BLOCK_O,
-        IS_ALIGNED,
-        WIDEN,
-    )
-
-
-@triton.jit(do_not_specialize=["num_entries", "num_members", "parts_stride", "member_stride", "num_blocks"])
-def delta_kernel(
-    x,
-    h,
-    parts,
-    counters,
-    table,
-    layers,
-    counts,
-    tokens,
-    entry_tiles,
-    entry_slots,
-    weights,
-    num_slots,
-    in_features,
-    num_entries,
-    num_members,
-    x_stride,
-    parts_stride,
-    member_stride,
-    h_stride,
-    y,
-    gains,
-    member_starts,
-    member_sizes,
-    flags,
-    tile_starts,
-    tile_slots,
-    y_stride,
-    num_blocks,
-    GRID_ENTRIES: tl.constexpr,
-    GRID_TILES: tl.constexpr,
-    NUM_FIELDS: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    IS_ALIGNED: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """Both at once. The programs that shrink come first, so that they are under way when others wait for them."""
-    program = tl.program_id(0)
-    num_shrinking = GRID_ENTRIES * SPLIT_K * num_members
-    if program < num_shrinking:
-        entry, program = program % GRID_ENTRIES, program // GRID_ENTRIES
-        _shrink_entries(
-            entry,
-            GRID_ENTRIES,
-            program % SPLIT_K,
-            program // SPLIT_K,
-            x,
-            h,
-            parts,
-            counters,
-            table,
-            layers,
-            counts,
-            tokens,
-            entry_tiles,
-            entry_slots,
-            weights,
-            num_slots,
-            in_features,
-            num_entries,
-            num_members,
-            x_stride,
-            parts_stride,
-            member_stride,
-            h_stride,
-            NUM_FIELDS,
-            M,
-            BLOCK_R,
-            BLOCK_K,
-            SPLIT_K,
-            True,
-            WIDEN,
-        )
-    else:
-        program -= num_shrinking
-        tile, program = program % GRID_TILES, program // GRID_TILES
-        _expand_tiles(
-            tile,
-            GRID_TILES,
-            program % num_blocks,
-            program // num_blocks,
-            y,
-            gains,
-            h,
-            y,
-            counters,
-            table,
-            layers,
-            member_starts,
-            member_sizes,
-            counts,
-            flags,
-            tokens,
-            tile_starts,
-            tile_slots,
-            entry_slots,
-            weights,
-            num_slots,
-            num_entries,
-            num_members,
-            y_stride,
-            member_stride,
-            h_stride,
-            False,
-            False,
-            True,
-            NUM_FIELDS,
-            M,
-            BLOCK_R,
-            BLOCK_O,
-            IS_ALIGNED,
-            WIDEN,
-        )
-        # The last one leaves all counters as they were.
-        tl.debug_barrier()
-        done = counters + 2 * num_members * num_entries
-        num_before = tl.atomic_add(done, 1)
-        if num_before == GRID_TILES * num_blocks * num_members - 1:
-            tl.store(done, 0)
-            for first in range(0, num_members * num_entries, 128):
-                i = first + tl.arange(0, 128)
-                ready = counters + num_members * num_entries + i
-                tl.store(ready, tl.zeros([128], dtype=tl.int32), mask=i < num_members * num_entries)
+@triton.jit
+def _vector(address, o, size, dtype: tl.constexpr):
+    """What is at an address, in float32; zeros if it is none."""
+    mask = o < tl.where(address != 0, size, 0)
+    return tl.load(address.to(tl.pointer_type(dtype)) + o, mask=mask, other=0.0).to(tl.float32)

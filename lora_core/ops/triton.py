@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lora_core.device_slots import FIELDS
-from lora_core.ops.adapter_kernels import delta_kernel, expand_kernel, shrink_kernel
+from lora_core.ops.adapter_kernels import expand_kernel, shrink_kernel
 from lora_core.ops.launch import RANK_BLOCKS, ExpandConfig, LaunchConfigs, ShrinkConfig
 from lora_core.ops.plan import LARGE_TILE, RoutePlan, bucket_of
 
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 # Small tiles and their entries that have programs of their own; further ones are taken in turn.
-MAX_TILES, MAX_ENTRIES = 16, 32
+MAX_TILES, MAX_ENTRIES = 32, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,41 +118,14 @@ def apply_plan(y: Tensor, x: Tensor, layers: LayerTable, plan: RoutePlan, base_b
         return
     assert y.stride(-1) == 1
     h, config = _shrink_by_default(x, layers, plan, rank)
-    expand(y, h, layers, plan, base_bias, config)
+    expand(y, None, h, layers, plan, base_bias, config)
 
 
 def delta_of_plan(x: Tensor, layers: LayerTable, plan: RoutePlan, rank: int) -> Delta:
-    """The adapters' part for whoever adds it, in one launch; arguments as for `apply_plan`, the plan is of small tiles.
-
-    What expands waits for what shrinks: `AdapterTable.counters` tells it.
-    """
-    rank = -(-rank // 16) * 16
-    configs = layers.launch_configs(plan, rank, x.element_size())
-    first, second = configs.shrink, configs.expand
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    """The adapters' part for whoever adds it; arguments as for `apply_plan`, the plan has entries."""
+    h, config = _shrink_by_default(x, layers, plan, rank)
     added, gains = (x.new_empty(len(x), sum(layers.out_features)) for _ in range(2))
-    h, parts, splits = _sums(x, layers, plan, rank, first)
-    num_blocks = -(-layers.max_size // second.block_o)
-    grid = _grid(plan, plan.num_entries, MAX_ENTRIES), _grid(plan, plan.num_tiles, MAX_TILES)
-    delta_kernel[(layers.num_members * (grid[0] * splits + grid[1] * num_blocks),)](
-        *(x, h, parts, layers.counters, layers.rows, layers.layers, plan.counts, plan.tokens, plan.entry_tiles),
-        *(plan.entry_slots, plan.weights, layers.rows.shape[1], layers.in_features, plan.num_entries),
-        *(layers.num_members, x.stride(0), parts.stride(0), h.stride(0), rank),
-        *(added, gains, layers.starts, layers.sizes, plan.flags, plan.starts, plan.tile_slots),
-        *(added.stride(0), num_blocks),
-        GRID_ENTRIES=grid[0],
-        GRID_TILES=grid[1],
-        NUM_FIELDS=FIELDS,
-        M=plan.tile_tokens,
-        BLOCK_R=first.block_r,
-        BLOCK_K=first.block_k,
-        SPLIT_K=splits,
-        BLOCK_O=second.block_o,
-        IS_ALIGNED=layers.is_aligned,
-        WIDEN=is_interpreted(),
-        num_warps=second.num_warps,
-        num_stages=first.num_stages,
-    )
+    expand(added, gains, h, layers, plan, None, config)
     return Delta(plan.flags, added, gains)
 
 
@@ -162,25 +135,31 @@ def _shrink_by_default(x: Tensor, layers: LayerTable, plan: RoutePlan, rank: int
     return shrink(x if x.stride(-1) == 1 else x.contiguous(), layers, plan, rank, configs.shrink), configs.expand
 
 
-def _sums(
-    x: Tensor, layers: LayerTable, plan: RoutePlan, rank: int, config: ShrinkConfig
-) -> tuple[Tensor, Tensor, int]:
-    """Room for h [m, E·M, rank] and its parts [splits, m, E·M, rank], and the number of splits."""
-    shape = layers.num_members, plan.num_entries * plan.tile_tokens, rank
-    h = torch.empty(shape, dtype=x.dtype, device=x.device)
-    splits = config.split_k if 2 * layers.num_members * plan.num_entries < len(layers.counters) else 1
-    if splits == 1:
-        return h, h[None], 1
-    return h, torch.empty(splits, *shape, dtype=torch.float32, device=x.device), splits
-
-
 def shrink(x: Tensor, layers: LayerTable, plan: RoutePlan, rank: int, config: ShrinkConfig) -> Tensor:
     """h [m, E·M, rank] in x's dtype; only the columns below an entry's rank are written."""
-    h, parts, splits = _sums(x, layers, plan, rank, config)
+    shape = layers.num_members, plan.num_entries * plan.tile_tokens, rank
+    splits = config.split_k if layers.num_members * plan.num_entries <= len(layers.counters) else 1
+    h = torch.empty(shape, dtype=x.dtype, device=x.device)
+    parts = torch.empty(splits, *shape, dtype=torch.float32, device=x.device) if splits > 1 else h[None]
     shrink_kernel[(_grid(plan, plan.num_entries, MAX_ENTRIES), splits, layers.num_members)](
-        *(x, h, parts, layers.counters, layers.rows, layers.layers, plan.counts, plan.tokens, plan.entry_tiles),
-        *(plan.entry_slots, plan.weights, layers.rows.shape[1], layers.in_features, plan.num_entries),
-        *(layers.num_members, x.stride(0), parts.stride(0), h.stride(0), rank),
+        x,
+        h,
+        parts,
+        layers.counters,
+        layers.rows,
+        layers.layers,
+        plan.counts,
+        plan.tokens,
+        plan.entry_tiles,
+        plan.entry_slots,
+        plan.weights,
+        layers.rows.shape[1],
+        layers.in_features,
+        plan.num_entries,
+        x.stride(0),
+        parts.stride(0),
+        h.stride(0),
+        rank,
         NUM_FIELDS=FIELDS,
         M=plan.tile_tokens,
         BLOCK_R=config.block_r,
@@ -194,16 +173,37 @@ def shrink(x: Tensor, layers: LayerTable, plan: RoutePlan, rank: int, config: Sh
 
 
 def expand(
-    y: Tensor, h: Tensor, layers: LayerTable, plan: RoutePlan, base_bias: Tensor | None, config: ExpandConfig
+    y: Tensor,
+    gains: Tensor | None,
+    h: Tensor,
+    layers: LayerTable,
+    plan: RoutePlan,
+    base_bias: Tensor | None,
+    config: ExpandConfig,
 ) -> None:
-    """y [T, ΣO] += the rest of the formula."""
+    """y [T, ΣO] += the rest of the formula; with gains [T, ΣO] both are written instead (`Delta`)."""
     grid = _grid(plan, plan.num_tiles, MAX_TILES), -(-layers.max_size // config.block_o), layers.num_members
     expand_kernel[grid](
-        *(y, y, h, y if base_bias is None else base_bias, layers.counters, layers.rows, layers.layers),
-        *(layers.starts, layers.sizes, plan.counts, plan.flags, plan.tokens, plan.starts, plan.tile_slots),
-        *(plan.entry_slots, plan.weights, layers.rows.shape[1], plan.num_entries, layers.num_members),
-        *(y.stride(0), h.stride(0), h.stride(1)),
-        IN_PLACE=True,
+        y,
+        y if gains is None else gains,
+        h,
+        y if base_bias is None else base_bias,
+        layers.rows,
+        layers.layers,
+        layers.starts,
+        layers.sizes,
+        plan.counts,
+        plan.flags,
+        plan.tokens,
+        plan.starts,
+        plan.tile_slots,
+        plan.entry_slots,
+        plan.weights,
+        layers.rows.shape[1],
+        y.stride(0),
+        h.stride(0),
+        h.stride(1),
+        IN_PLACE=gains is None,
         HAS_BASE_BIAS=base_bias is not None,
         NUM_FIELDS=FIELDS,
         M=plan.tile_tokens,

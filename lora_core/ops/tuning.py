@@ -264,7 +264,7 @@ class _TrialLayers:
             f"expand {key}",
             start.expand,
             EXPAND_OPTIONS,
-            lambda config: kernels.expand(y, h, layers, plan, None, config),
+            lambda config: kernels.expand(y, None, h, layers, plan, None, config),
             lambda config: expand_bytes(config, tile_tokens, itemsize),
         )
         return kernels.LaunchConfigs(shrink, expand)

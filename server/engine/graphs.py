@@ -5,7 +5,7 @@ launched as one. It is made for fixed numbers of tokens and of adapters' entries
 with tokens of nobody's, which read and write nothing. Adapters load, leave and change without a new recording: the
 kernels find them through tables.
 
-    (tokens, entries per token)   (1, 0) (1, 1) (1, 4) (2, 0) …        0: no adapters, nothing launched for them
+    (tokens, kind)   (1, nothing) (1, few) … (2, nothing) …        nothing: no adapters, nothing launched for them
 """
 
 from collections.abc import Callable
@@ -23,10 +23,27 @@ from server.engine.device_step import DeviceStep
 
 __all__ = ["Capture", "CudaCapture", "DecodeGraphs"]
 
-# Entries per token: base only, one adapter each, mixes of up to four.
-ENTRIES = (0, 1, 4)
-# Adapters of higher ranks decode without a recording.
-MAX_RANK = 128
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What adapters' part a recording has room for.
+
+    Attributes:
+        tiles: sets of adapters at most, where there are more tokens than that; None: as many as tokens.
+        entries: adapters of a set.
+        max_rank: of an adapter; one of a higher rank than any kind has decodes without a recording.
+    """
+
+    tiles: int | None
+    entries: int
+    max_rank: int
+
+    def num_tiles(self, num_tokens: int) -> int:
+        return num_tokens if self.tiles is None else min(self.tiles, num_tokens)
+
+
+# From the least to the most. Room that is not used costs some microseconds a layer.
+KINDS = (Kind(0, 0, 0), Kind(8, 1, 16), Kind(8, 2, 16), Kind(None, 1, 128), Kind(None, 4, 128))
 
 
 class Capture(Protocol):
@@ -98,7 +115,7 @@ class DecodeGraphs:
         self._max_blocks = max_blocks
         self._sizes = [1 << i for i in range((max_tokens - 1).bit_length() + 1)]
         self._inputs: dict[int, _Inputs] = {}
-        self._recordings: dict[tuple[int, int], _Recording] = {}
+        self._recordings: dict[tuple[int, Kind], _Recording] = {}
         self.num_replays = 0
 
     def record(self) -> None:
@@ -109,8 +126,8 @@ class DecodeGraphs:
         """
         for size in reversed(self._sizes):
             self._inputs[size] = self._make_inputs(size)
-            for entries in ENTRIES:
-                self._recordings[size, entries] = self._record(size, entries)
+            for kind in KINDS:
+                self._recordings[size, kind] = self._record(size, kind)
 
     def run(self, batch: Batch, last: Tensor | None = None) -> Tensor | None:
         """Replay a batch: its logits [T, V], until the next replay; None if no recording fits it.
@@ -124,14 +141,13 @@ class DecodeGraphs:
         if any(span.num_tokens > 1 for span in batch.spans):
             return None
         slots = batch.route.segments.keys()
-        if not self._bank.can_plan(slots, MAX_RANK):
-            return None
         tiles = tiles_of(batch.route, num_tokens, SMALL_TILE, self._bank.max_slots)
         size = next(size for size in self._sizes if size >= num_tokens)
-        fitting = (self._recordings[size, entries] for entries in ENTRIES)
-        recording = next((found for found in fitting if found.plan.fits(tiles)), None)
-        if recording is None:
+        fitting = (kind for kind in KINDS if self._recordings[size, kind].plan.fits(tiles))
+        kind = next((kind for kind in fitting if self._bank.can_plan(slots, kind.max_rank)), None)
+        if kind is None:
             return None
+        recording = self._recordings[size, kind]
         self._fill(self._inputs[size], recording, batch, tiles, last)
         recording.replay()
         self.num_replays += 1
@@ -162,11 +178,11 @@ class DecodeGraphs:
         tokens[2] = -1
         return _Inputs(tokens, attention, torch.arange(size, device=cache.device))
 
-    def _record(self, size: int, entries: int) -> _Recording:
-        inputs = self._inputs[size]
-        plan = RoutePlan(size if entries else 0, size * entries, SMALL_TILE, self._step.cache.device, size)
+    def _record(self, size: int, kind: Kind) -> _Recording:
+        inputs, num_tiles = self._inputs[size], kind.num_tiles(size)
+        plan = RoutePlan(num_tiles, num_tiles * kind.entries, SMALL_TILE, self._step.cache.device, size)
         plan.fill([])
-        route = PlannedRoute(size, plan, MAX_RANK)
+        route = PlannedRoute(size, plan, kind.max_rank)
 
         def run() -> Tensor:
             return self._step.compute(inputs.tokens, inputs.attention, route, route, inputs.last_rows)

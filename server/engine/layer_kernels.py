@@ -133,8 +133,7 @@ def _whole(
     if HAS_DELTA:
         flag = tl.load(flags + token)
         is_gained = mask & (columns < tl.where(flag == 2, y_stride, 0))
-        is_touched = mask & (columns < tl.where(flag != 0, y_stride, 0))
-        more = tl.load(added + places, mask=is_touched, other=0.0).to(tl.float32)
+        more = tl.load(added + places, mask=mask, other=0.0).to(tl.float32)  # of others' tokens it is anything
         gain = tl.load(gains + places, mask=is_gained, other=0.0).to(tl.float32)
         base = value
         if HAS_BIAS:

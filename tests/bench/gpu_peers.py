@@ -4,6 +4,7 @@ import itertools
 import statistics
 import time
 import warnings
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from tests.bench.gpu_model import Shape
 __all__ = ["continuous_step_s", "peft_step_s"]
 
 RANK = 16
-PAGE_SIZE = 16
 MAX_BATCH_TOKENS = 2_048
 
 
@@ -55,11 +55,11 @@ def continuous_step_s(model: Any, shape: Shape, prompts: list[list[int]]) -> flo
     """Seconds of a decode step of all rows: what further tokens cost beyond a short run."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    num_blocks = 2 * len(prompts) * -(-(shape.context + shape.num_new) // PAGE_SIZE)
+    known = {each.name: each.default for each in fields(ContinuousBatchingConfig)}
+    page_size: Any = known.get("page_size") or known.get("block_size")  # its name before 5.18, and its own choice
+    num_blocks = 2 * len(prompts) * -(-(shape.context + shape.num_new) // page_size)
     # Left alone it takes most of the memory, on a CPU most of the machine's.
-    sizes = ContinuousBatchingConfig(
-        page_size=PAGE_SIZE, num_blocks=num_blocks, max_batch_tokens=max(MAX_BATCH_TOKENS, len(prompts))
-    )
+    sizes = ContinuousBatchingConfig(num_blocks=num_blocks, max_batch_tokens=max(MAX_BATCH_TOKENS, len(prompts)))
     model.set_attn_implementation("sdpa")
     short = 2
 

@@ -162,7 +162,7 @@ def make_pair(kind: str, patch: pytest.MonkeyPatch, architecture: str = "llama",
     config = replace(PLAIN, **options)
     plain = ModelRunner(copy.deepcopy(model), config)
     config = replace(config, run_ahead=True, use_kernels=kind != "late")
-    patch.setattr(graphs, "ENTRIES", (0, 2))
+    patch.setattr(graphs, "KINDS", (graphs.KINDS[0], graphs.Kind(None, 2, 128)))
     ahead = ModelRunner(model, config, RecordingCapture(patch) if kind == "late recorded steps" else None)
     assert (ahead.graphs is not None) == (kind == "late recorded steps")
     return Pair((plain, ahead), make_adapters(plain), kind)

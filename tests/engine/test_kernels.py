@@ -237,7 +237,7 @@ def test_recorded_steps_give_the_same_tokens(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_recorded_steps_give_the_same_logits_while_adapters_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "ENTRIES", (0, 2))
+    monkeypatch.setattr(graphs, "KINDS", (graphs.KINDS[0], graphs.Kind(None, 2, 128)))
     capture = RecordingCapture(monkeypatch)
     runner = ModelRunner(
         tiny_model("llama", random.randrange(1 << 30)).to(DEVICE), replace(CONFIG, max_running=2), capture
@@ -279,7 +279,7 @@ def _batch(chunks: list[Chunk]) -> Batch:
 
 
 def test_what_no_recording_fits_runs_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "ENTRIES", (0,))
+    monkeypatch.setattr(graphs, "KINDS", graphs.KINDS[:1])
     runner = ModelRunner(
         tiny_model("llama", 1).to(DEVICE), replace(CONFIG, max_running=1), RecordingCapture(monkeypatch)
     )

@@ -37,11 +37,14 @@ class AttendConfig:
     num_stages: int
 
     @classmethod
-    def default(cls, itemsize: int, num_rows: int, dim: int, value_dim: int) -> "AttendConfig":
+    def default(
+        cls, itemsize: int, num_rows: int, dim: int, value_dim: int, *, is_split: bool = False
+    ) -> "AttendConfig":
         """As many keys as there is room for beside the queries: 128 of 128 features for 16 rows in half precision.
 
         Args:
             num_rows: queries of a program, `num_rows`; many with many features need the registers of more warps.
+            is_split: several programs share a tile's keys.
         """
         num_stages = 2
         if itemsize >= 4:  # multiplied number by number, from registers
@@ -51,7 +54,8 @@ class AttendConfig:
         row_bytes = itemsize * (_block(dim) + _block(value_dim)) * num_buffers(num_stages, num_rows)
         room = min(STAGES_BYTES, SHARED_BYTES - itemsize * num_rows * _block(dim))
         num_keys = 1 << max(4, (room // row_bytes).bit_length() - 1)
-        return cls(min(BLOCK_KEYS, num_keys), 4 if num_rows * _block(value_dim) <= WARP_SUMS else 8, num_stages)
+        num_keys = min(num_keys, BLOCK_KEYS // 2 if is_split else BLOCK_KEYS)
+        return cls(num_keys, 4 if num_rows * _block(value_dim) <= WARP_SUMS else 8, num_stages)
 
     def shared_bytes(self, itemsize: int, num_rows: int, dim: int, value_dim: int) -> int:
         """At most so much shared memory takes a program: queries, keys and values, scores as the values' dtype has
@@ -120,10 +124,10 @@ def attend(call: AttentionCall, query: Tensor, keys: Tensor, values: Tensor, til
     group_size = query.shape[1] // num_kv_heads
     group_block = triton.next_power_of_2(group_size)
     key = tiles.num_queries, group_size, dim, value_dim
-    config = tiles.configs.get(key) or AttendConfig.default(
-        out.element_size(), num_rows(tiles.num_queries, group_size), dim, value_dim
-    )
     splits = tiles.num_splits
+    config = tiles.configs.get(key) or AttendConfig.default(
+        out.element_size(), num_rows(tiles.num_queries, group_size), dim, value_dim, is_split=splits > 1
+    )
     parts, sums = out, out
     if splits > 1:
         parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
