@@ -114,7 +114,7 @@ class FourBitWeight:
         if self._values.is_cuda and four_bit.can_multiply(one, state.shape[1], state.blocksize):
             codes = self._values.view(torch.uint8).view(state.shape[0], -1)
             try:
-                four_bit.warm_up(codes, state.absmax, self._pairs[dtypes[0]], state.blocksize, has_bias=has_bias)
+                four_bit.warm_up(codes, state.absmax, self._pairs[dtypes[0]], has_bias=has_bias)
             except RuntimeError as error:  # another version of Triton may count shared memory in another way
                 logger.warning("products in 4 bits are bitsandbytes', as the kernel cannot be launched: %s", error)
                 self._kernel = None
@@ -129,7 +129,7 @@ class FourBitWeight:
         if self._kernel is not None and self._kernel.can_multiply(x_cast, state.shape[1], state.blocksize):
             rows = x_cast.reshape(-1, state.shape[1])
             pairs = self._pairs[dtype]
-            out: Tensor = self._kernel.four_bit_product(rows, self._values, state.absmax, pairs, state.blocksize, bias)
+            out: Tensor = self._kernel.four_bit_product(rows, self._values, state.absmax, pairs, bias)
             return out.view(*x.shape[:-1], -1).to(x.dtype)
         out = matmul_4bit(x_cast, self._values, bias=bias, quant_state=state)
         return out.to(x.dtype)

@@ -3,9 +3,8 @@
     y[t, o] = Σ_u absmax[o, u] · Σ_{i in unit u} T[code[o, i]] · x[t, i] + bias[o]
 
 The weight is packed as bitsandbytes does it (QLoRA, Dettmers et al. 2023): codes of NF4 or FP4, two a byte, the first
-in the high half, row after row; a scale for each `blocksize` codes of a row. A unit is 64 codes of a row that share a
-scale, which multiplies their sum in float32. T is rounded to the inputs' dtype, as the products take it; bitsandbytes
-rounds T·absmax.
+in the high half, row after row; a scale for each unit of 64 codes of a row, which multiplies their sum in float32. T is
+rounded to the inputs' dtype, as the products take it; bitsandbytes rounds T·absmax.
 
 On a GPU the codes go from memory to shared memory to the registers from which tensor cores take them. On the way each
 byte is looked up in a table of the 256 pairs of numbers, of which every lane of a warp has a copy in its own bank of
@@ -32,6 +31,8 @@ __all__ = ["MAX_ROWS", "FourBitConfig", "can_multiply", "four_bit_product", "pai
 # Above, reading the weight is not what takes the time: dequantizing it and a product in floating point are faster.
 MAX_ROWS = 64
 UNIT = 64  # codes
+# What the programs' units always divide; other inputs would do, but were not run on a GPU.
+WHOLE_INPUTS = 8 * UNIT
 TABLE_BYTES = 32 << 10
 ROW_BLOCKS = (8, 16, 32)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -80,10 +81,10 @@ def can_multiply(x: Tensor, num_inputs: int, blocksize: int) -> bool:
 
     Args:
         num_inputs: I of the weight.
-        blocksize: codes that share a scale; blocks must not span rows.
+        blocksize: codes that share a scale.
     """
     num_rows = x.numel() // max(1, x.shape[-1])
-    is_whole = blocksize % UNIT == 0 and num_inputs % blocksize == 0
+    is_whole = blocksize == UNIT and num_inputs % WHOLE_INPUTS == 0
     return is_whole and x.shape[-1] == num_inputs and 0 < num_rows <= MAX_ROWS and x.dtype in DTYPES
 
 
@@ -99,16 +100,16 @@ def pair_table(code: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack([numbers[byte >> 4], numbers[byte & 15]], dim=-1)
 
 
-def warm_up(codes: Tensor, absmax: Tensor, pairs: Tensor, blocksize: int, *, has_bias: bool) -> None:
+def warm_up(codes: Tensor, absmax: Tensor, pairs: Tensor, *, has_bias: bool) -> None:
     """Launch every variant that products with a weight may need, as Triton compiles one at its first launch.
 
     Args:
-        codes, absmax, pairs, blocksize: as for `four_bit_product`; codes are [O, I / 2] bytes.
+        codes, absmax, pairs: as for `four_bit_product`; codes are [O, I / 2] bytes.
     """
     num_outputs, num_bytes = codes.shape
     bias = pairs.new_zeros(num_outputs) if has_bias else None
     for num_rows in ROW_BLOCKS:
-        four_bit_product(pairs.new_zeros(num_rows, num_bytes * 2), codes, absmax, pairs, blocksize, bias)
+        four_bit_product(pairs.new_zeros(num_rows, num_bytes * 2), codes, absmax, pairs, bias)
 
 
 def four_bit_product(
@@ -116,18 +117,16 @@ def four_bit_product(
     codes: Tensor,
     absmax: Tensor,
     pairs: Tensor,
-    blocksize: int,
     bias: Tensor | None = None,
     config: FourBitConfig | None = None,
 ) -> Tensor:
     """x·Wᵀ + b: [T, O], in x's dtype.
 
     Args:
-        x: [T, I] in bfloat16, float16 or, slowly, float32; I and the blocks are as `can_multiply` wants them.
+        x: [T, I] in bfloat16, float16 or, slowly, float32; I is a multiple of 64.
         codes: O·I / 2 bytes of any shape, contiguous.
-        absmax: O·I / blocksize scales in float32, contiguous.
+        absmax: O·I / 64 scales in float32, contiguous.
         pairs: `pair_table` in x's dtype.
-        blocksize: codes that share a scale.
         bias: [O] or None.
         config: None for the default.
     """
@@ -135,7 +134,7 @@ def four_bit_product(
     num_outputs = codes.numel() * codes.element_size() * 2 // num_inputs
     assert pairs.dtype == x.dtype
     assert absmax.dtype == torch.float32
-    assert absmax.numel() * blocksize == num_outputs * num_inputs
+    assert absmax.numel() * UNIT == num_outputs * num_inputs
     config = config or FourBitConfig.default(num_rows, num_outputs, x.element_size())
     x = x if x.stride(-1) == 1 else x.contiguous()
     y = torch.empty(num_rows, num_outputs, dtype=x.dtype, device=x.device)
@@ -150,11 +149,9 @@ def four_bit_product(
         num_outputs,
         num_inputs // UNIT,
         num_inputs // 2,
-        num_inputs // blocksize,
         x.stride(0),
         y.stride(0),
         HAS_BIAS=bias is not None,
-        UNITS_PER_SCALE=blocksize // UNIT,
         BLOCK_T=config.block_t,
         BLOCK_O=config.block_o,
         UNITS=config.units,
@@ -244,11 +241,9 @@ def _multiply(
     num_outputs,
     num_units,
     row_bytes,
-    row_scales,
     x_stride,
     y_stride,
     HAS_BIAS: tl.constexpr,
-    UNITS_PER_SCALE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     UNITS: tl.constexpr,
@@ -265,17 +260,17 @@ def _multiply(
     feature = j // 4 * 8 + j % 4
     codes_at = codes + (row * row_bytes)[None, :, None] + (u * 32)[:, None, None] + j[None, None, :]
     x_at = x + t.to(tl.int64)[None, None, :] * x_stride + (u * 64)[:, None, None] + feature[None, :, None]
-    scales_at = absmax + (row * row_scales)[None, :]
+    scales_at = absmax + (row * num_units)[None, :]
     is_row = (t < num_rows)[None, None, :]
     if LOOK_UP:
-        _prepare(codes + row * row_bytes, row_bytes, absmax + row * row_scales, pairs)
+        _prepare(codes + row * row_bytes, row_bytes, absmax + row * num_units, pairs)
     acc = tl.zeros([UNITS, BLOCK_O, BLOCK_T], dtype=tl.float32)
     for first in tl.range(0, num_units, UNITS, num_stages=STAGES):
         is_unit = (u < num_units - first)[:, None, None]
         is_x = is_row if IS_EVEN else is_row & is_unit
         x_first = tl.load(x_at, mask=is_x, other=0.0)
         x_last = tl.load(x_at + 4, mask=is_x, other=0.0)
-        scale = _scales(scales_at, first + u, num_units, UNITS_PER_SCALE, IS_EVEN)
+        scale = _scales(scales_at, first + u, num_units, IS_EVEN)
         w_first, w_last = _numbers(codes_at, is_unit, pairs, IS_EVEN, LOOK_UP)
         if WIDEN:
             w_first, w_last = w_first.to(tl.float32), w_last.to(tl.float32)
@@ -302,12 +297,11 @@ def _prepare(rows_at, row_bytes, scales_at, pairs):
 
 
 @triton.jit
-def _scales(scales_at, unit, num_units, UNITS_PER_SCALE: tl.constexpr, IS_EVEN: tl.constexpr):
+def _scales(scales_at, unit, num_units, IS_EVEN: tl.constexpr):
     """[UNITS, BLOCK_O]; zeros beyond the row's end."""
-    place = unit if UNITS_PER_SCALE == 1 else unit // UNITS_PER_SCALE
     if IS_EVEN:
-        return tl.load(scales_at + place[:, None])
-    return tl.load(scales_at + place[:, None], mask=(unit < num_units)[:, None], other=0.0)
+        return tl.load(scales_at + unit[:, None])
+    return tl.load(scales_at + unit[:, None], mask=(unit < num_units)[:, None], other=0.0)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_core.device_slots import DeviceSlots
 from lora_core.ops.cpu import apply_segments
+from lora_core.ops.launch import RANK_BLOCKS
 from lora_core.ops.plan import NUM_ENTRIES, RANKS, SMALL_TILE, PlannedRoute, RoutePlan
 from lora_core.routing import Route
 
@@ -78,7 +79,7 @@ class KernelGroup:
             for num_entries in (*numbers, numbers[-1] + 1):
                 plan = RoutePlan(num_entries, num_entries, tile_tokens, device, tile_tokens)
                 plan.fill([])
-                for rank in (*RANKS, *self._kernels.RANK_BLOCKS):
+                for rank in (*RANKS, *RANK_BLOCKS):
                     self._kernels.apply_plan(y, x, self._table, plan, base_bias, rank)
                     if tile_tokens == SMALL_TILE:
                         self._kernels.delta_of_plan(x, self._table, plan, rank)

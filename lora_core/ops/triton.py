@@ -25,22 +25,10 @@ from torch import Tensor
 
 from lora_core.device_slots import FIELDS
 from lora_core.ops.adapter_kernels import expand_kernel, shrink_kernel
-from lora_core.ops.launch import RANK_BLOCKS, ExpandConfig, LaunchConfigs, ShrinkConfig
+from lora_core.ops.launch import ExpandConfig, LaunchConfigs, ShrinkConfig
 from lora_core.ops.plan import LARGE_TILE, RoutePlan, bucket_of
 
-__all__ = [
-    "RANK_BLOCKS",
-    "Delta",
-    "ExpandConfig",
-    "LaunchConfigs",
-    "LayerTable",
-    "ShrinkConfig",
-    "apply_plan",
-    "delta_of_plan",
-    "expand",
-    "is_interpreted",
-    "shrink",
-]
+__all__ = ["Delta", "LayerTable", "apply_plan", "delta_of_plan", "expand", "is_interpreted", "shrink"]
 
 # Small tiles and their entries that have programs of their own; further ones are taken in turn.
 MAX_TILES, MAX_ENTRIES = 32, 32

@@ -41,13 +41,22 @@ class DeviceStep:
         self._router = router
         self.cache = cache
 
+    @property
+    def device(self) -> torch.device:
+        return self.cache.device
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Of a layer, by which plans are made."""
+        return self.cache.shape(0).num_kv_heads
+
     def run(self, batch: Batch, last: Tensor | None = None) -> Tensor:
         """Logits [N, V] of the batch's last rows; `last` as for `with_tokens`."""
-        device = self.cache.device
+        device = self.device
         inputs = torch.stack([batch.input_ids[0], batch.position_ids[0], batch.cache_positions])
         on_device = upload(inputs, device)
         on_device[0] = with_tokens(on_device[0], last)
-        plan = AttentionPlan.of(batch.spans, self.cache.shape(0).num_kv_heads, self.cache.block_size, device)
+        plan = AttentionPlan.of(batch.spans, self.num_kv_heads, self.cache.block_size, device)
         last_rows = upload(batch.last_rows, device)
         return self.compute(on_device, plan, batch.route, batch.head_route, last_rows)
 

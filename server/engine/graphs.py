@@ -172,7 +172,7 @@ class DecodeGraphs:
 
     def _make_inputs(self, size: int) -> _Inputs:
         cache = self._step.cache
-        attention = AttentionPlan(size, 0, size * self._max_blocks, cache.shape(0).num_kv_heads, cache.device)
+        attention = AttentionPlan(size, 0, size * self._max_blocks, self._step.num_kv_heads, cache.device)
         attention.fill([], cache.block_size)
         tokens = torch.zeros(3, size, dtype=torch.int64, device=cache.device)
         tokens[2] = -1

@@ -10,12 +10,16 @@ import torch
 
 from lora_core import LoraLinear
 from lora_core.ops.kernels import KernelGroup
+from lora_core.ops.plan import RANKS, SMALL_TILE, PlannedRoute, RoutePlan
 from lora_core.routing import Route, Run
 from lora_core.shared import SharedLinears
 from server.engine.attention import AttentionPlan
 from server.engine.device_step import DeviceStep
 
 __all__ = ["warm_up"]
+
+# For each of which products have a kernel of their own (`lora_core.ops.few_rows`).
+FEW_TOKENS = (1, 16, 32)
 
 
 def warm_up(layers: Mapping[str, LoraLinear], step: DeviceStep, max_running: int) -> None:
@@ -38,20 +42,30 @@ def warm_up(layers: Mapping[str, LoraLinear], step: DeviceStep, max_running: int
         if kind not in seen:
             seen.add(kind)
             kernels.warm_up(bias)
-    _attend_to_nothing(step, max_running)
+    _run_steps_of_nobody(step, max_running)
 
 
-def _attend_to_nothing(step: DeviceStep, max_running: int) -> None:
-    """Steps of nobody's tokens: for every way to split the keys of those that decode, and with a prompt's tile."""
-    cache, device = step.cache, step.cache.device
+def _run_steps_of_nobody(step: DeviceStep, max_running: int) -> None:
+    """For every way to split the keys of those that decode, with a prompt's tile; with adapters; and of few tokens."""
     seen: set[int] = set()
     for num_decoding in range(1, max_running + 1):
-        plan = AttentionPlan(num_decoding, 1, 1, cache.shape(0).num_kv_heads, device)
-        if plan.num_splits in seen:
-            continue
-        seen.add(plan.num_splits)
-        plan.fill([], cache.block_size)
-        inputs = torch.zeros(3, num_decoding + 1, dtype=torch.int64, device=device)
-        inputs[2] = -1
-        base = Route([Run({}, num_decoding + 1)])
-        step.compute(inputs, plan, base, Route([Run({}, 1)]), torch.zeros(1, dtype=torch.int64, device=device))
+        num_splits = AttentionPlan(num_decoding, 1, 1, step.num_kv_heads, step.device).num_splits
+        if num_splits not in seen:
+            seen.add(num_splits)
+            _run(step, num_decoding, 1, Route([Run({}, num_decoding + 1)]))
+    plan = RoutePlan(1, 1, SMALL_TILE, step.device, 2)
+    plan.fill([])
+    _run(step, 1, 1, PlannedRoute(2, plan, RANKS[0]))
+    for num_tokens in FEW_TOKENS:
+        _run(step, num_tokens, 0, Route([Run({}, num_tokens)]))
+
+
+def _run(step: DeviceStep, num_decoding: int, num_prompt_tiles: int, route: Route) -> None:
+    """A step of so many tokens; one a tile, of nobody."""
+    num_tokens = num_decoding + num_prompt_tiles
+    plan = AttentionPlan(num_decoding, num_prompt_tiles, 1, step.num_kv_heads, step.device)
+    plan.fill([], step.cache.block_size)
+    inputs = torch.zeros(3, num_tokens, dtype=torch.int64, device=step.device)
+    inputs[2] = -1
+    last_rows = torch.zeros(1, dtype=torch.int64, device=step.device)
+    step.compute(inputs, plan, route, Route([Run({}, 1)]), last_rows)

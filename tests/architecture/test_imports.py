@@ -11,6 +11,8 @@ from tests.architecture.source_tree import PACKAGES, Source, sources
 EXTERNAL: dict[str, set[str]] = {
     "lora_core": {"regex", "safetensors", "torch"},
     "loramux_client": {"httpx", "pydantic"},
+    "lora_core.ops.adapter_kernels": {"triton"},
+    "lora_core.ops.few_rows": {"torch", "triton"},
     "lora_core.ops.four_bit": {"torch", "triton"},
     "lora_core.ops.triton": {"torch", "triton"},
     "lora_core.ops.tuning": {"torch", "triton"},

@@ -1,7 +1,7 @@
 """Adapters at the speed of the hardware: ratios on one device, against rooflines measured on the spot.
 
     python -m tests.bench.gpu [--shape 8b|1b|tiny] [--device cuda] [--quantization none,nf4] [--tune FOLDER]
-                              [--no-peers] [--json FILE]
+                              [--no-peers] [--compile-peer] [--json FILE]
 
 Builds a Llama of that shape with random weights on the device; nothing is fetched. Every case runs through the engine
 (`EngineLoop`), as requests do; a step's time is the median between two tokens of a stream while all rows decode.
@@ -132,10 +132,14 @@ class Bench:
             modules = {}
             for name, layer in self.runner.layers.items():
                 if not layer.is_head:
-                    gain = torch.randn(layer.out_features) * 0.01 if dora else None
-                    a, b = torch.randn(rank, layer.in_features), torch.randn(rank, layer.out_features)
-                    modules[name] = Folded(a * 0.02, b * 0.01, gain).to(self.runner.dtype)
+                    gain = self._random(layer.out_features) * 0.01 if dora else None
+                    a, b = self._random(rank, layer.in_features), self._random(rank, layer.out_features)
+                    modules[name] = Folded(a * 0.02, b * 0.01, gain)
             self.runner.bank.load(slot, modules)
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        """Made on the device: a host takes a minute for some GB of random numbers."""
+        return torch.randn(shape, device=self.device, dtype=self.runner.dtype)
 
     def run(self, rows: Sequence[Weights], length: int, num_new: int) -> list[Stream]:
         """Start a request per row at once, and wait for all."""
@@ -250,13 +254,21 @@ def parameters(bench: Bench) -> int:
     return sum(layer.in_features * layer.out_features for layer in bench.runner.layers.values() if not layer.is_head)
 
 
+@dataclass(frozen=True)
+class Peers:
+    """Which peers are measured beside ours."""
+
+    are_wanted: bool = True
+    with_compiled: bool = False
+
+
 def peers(
-    shape: Shape, form: str, steps: Mapping[str, float], device: torch.device, dtype: torch.dtype
+    shape: Shape, form: str, steps: Mapping[str, float], device: torch.device, dtype: torch.dtype, wanted: Peers
 ) -> list[Figure]:
     prompts = [[random.randrange(shape.vocabulary) for _ in range(shape.context)] for _ in range(shape.num_rows)]
     quantization = "none" if form == "bf16" else form
     model: Any = build_model(shape, quantization, dtype=dtype, device=device)
-    continuous = continuous_step_s(model, shape, prompts)
+    continuous = continuous_step_s(model, shape, prompts, with_compiled=wanted.with_compiled)
     mixed = peft_step_s(model, shape, prompts, NUM_ADAPTERS)
     return [
         at_least("PEFT mixed batch, time over ours", form, mixed / steps["8"], 8),
@@ -264,9 +276,7 @@ def peers(
     ]
 
 
-def run(
-    shape: Shape, forms: Sequence[str], device: torch.device, kernels: Kernels, *, with_peers: bool
-) -> dict[str, Any]:
+def run(shape: Shape, forms: Sequence[str], device: torch.device, kernels: Kernels, wanted: Peers) -> dict[str, Any]:
     """Everything, as figures and what they rest on."""
     dtype = torch.bfloat16
     roofline = measure_roofline(shape, dtype=dtype, device=device)
@@ -282,8 +292,8 @@ def run(
         form = bench.form
         del bench
         figures += rows
-        if with_peers:
-            figures += peers(shape, form, steps[form], device, dtype)
+        if wanted.are_wanted:
+            figures += peers(shape, form, steps[form], device, dtype, wanted)
     if {"bf16", "nf4"} <= steps.keys():
         ratio = steps["bf16"]["one"] / steps["nf4"]["one"]
         figures.append(at_least("NF4 decode rate at 1 row / bf16's", "nf4", ratio, 1.8))
@@ -320,6 +330,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rows", type=int, help="in place of the shape's own")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument(
+        "--compile-peer", action="store_true", help="try transformers' compiled steps too, which takes minutes"
+    )
+    parser.add_argument(
         "--kernels", choices=["auto", "triton"], default="auto", help="triton: also where there is no GPU"
     )
     parser.add_argument(
@@ -332,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     kernels = Kernels(True if args.kernels == "triton" else None, args.tune)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     forms, device = args.quantization.split(","), torch.device(args.device)
-    result = run(shape, forms, device, kernels, with_peers=not args.no_peers)
+    result = run(shape, forms, device, kernels, Peers(not args.no_peers, args.compile_peer))
     show(result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2))

@@ -24,16 +24,16 @@ def _combinations(start: Any, options: Any) -> list[Any]:
 def candidates(dtype: str) -> Iterator[tuple[int, Launch]]:
     """Each with its bound."""
     from lora_core.device_slots import FIELDS
-    from lora_core.ops import triton as kernels
+    from lora_core.ops import launch as configs
     from lora_core.ops.plan import LARGE_TILE, SMALL_TILE
     from lora_core.ops.tuning import EXPAND_OPTIONS, SHRINK_OPTIONS, expand_bytes, shrink_bytes
 
     itemsize = DTYPES[dtype].itemsize
-    for tile_tokens, block_r in itertools.product((SMALL_TILE, LARGE_TILE), kernels.RANK_BLOCKS):
+    for tile_tokens, block_r in itertools.product((SMALL_TILE, LARGE_TILE), configs.RANK_BLOCKS):
         own = {"NUM_FIELDS": FIELDS, "WIDEN": False, "M": tile_tokens}
-        for shrink in _combinations(kernels.ShrinkConfig(block_r, 64, 1, 4, 2), SHRINK_OPTIONS):
+        for shrink in _combinations(configs.ShrinkConfig(block_r, 64, 1, 4, 2), SHRINK_OPTIONS):
             yield shrink_bytes(shrink, tile_tokens, itemsize), shrink_launch(f"{dtype} {shrink}", dtype, shrink, own)
-        for expand in _combinations(kernels.ExpandConfig(block_r, 64, 4, 2), EXPAND_OPTIONS):
+        for expand in _combinations(configs.ExpandConfig(block_r, 64, 4, 2), EXPAND_OPTIONS):
             flags = {"HAS_BASE_BIAS": True, "IS_ALIGNED": True, "IN_PLACE": bool(random.getrandbits(1))}
             launch = expand_launch(f"{dtype} {expand} {flags}", dtype, expand, own | flags)
             yield expand_bytes(expand, tile_tokens, itemsize), launch

@@ -82,17 +82,17 @@ class Launch:
 def adapters(dtype: str) -> Iterator[Launch]:
     """At the defaults for layers of an 8B model."""
     from lora_core.device_slots import FIELDS
-    from lora_core.ops import triton as kernels
+    from lora_core.ops import launch
     from lora_core.ops.plan import LARGE_TILE, SMALL_TILE, RoutePlan
 
     for tile_tokens, num_entries in ((SMALL_TILE, 8), (LARGE_TILE, 8), (LARGE_TILE, LARGE_TILE + 1)):
         plan = RoutePlan(num_entries, num_entries, tile_tokens, torch.device("cpu"), tile_tokens)
-        for rank in kernels.RANK_BLOCKS:
-            shrink = kernels.ShrinkConfig.default(plan, 4_096, rank, DTYPES[dtype].itemsize)
+        for rank in launch.RANK_BLOCKS:
+            shrink = launch.ShrinkConfig.default(plan, 4_096, rank, DTYPES[dtype].itemsize)
             own = {"NUM_FIELDS": FIELDS, "WIDEN": False, "M": tile_tokens}
             kind = f"{dtype} tiles of {tile_tokens}, rank {rank}"
             yield shrink_launch(f"{kind}, {shrink.split_k} splits", dtype, shrink, own)
-            expand = kernels.ExpandConfig.default(plan, 14_336, rank, DTYPES[dtype].itemsize)
+            expand = launch.ExpandConfig.default(plan, 14_336, rank, DTYPES[dtype].itemsize)
             for in_place in (True, False) if tile_tokens == SMALL_TILE else (True,):
                 flags = {"HAS_BASE_BIAS": rank > SMALL_TILE, "IS_ALIGNED": rank < LARGE_TILE, "IN_PLACE": in_place}
                 yield expand_launch(f"{kind}, in place {in_place}", dtype, expand, own | flags)
@@ -100,24 +100,26 @@ def adapters(dtype: str) -> Iterator[Launch]:
 
 def shrink_launch(kind: str, dtype: str, config: Any, own: dict[str, Any]) -> Launch:
     """The first of the adapters' kernels."""
-    from lora_core.ops import triton as kernels
+    from lora_core.ops import adapter_kernels as kernels
 
     names = ("counters", "layers", "counts", "tokens", "entry_tiles", "entry_slots")
     types = dict.fromkeys(names, "*i32") | {"table": "*i64", "weights": "*fp32", "x": f"*{dtype}", "h": f"*{dtype}"}
     types["parts"] = "*fp32" if config.split_k > 1 else f"*{dtype}"
     constants, launch = _split(config)
-    return Launch(f"shrink {kind}", kernels._shrink, types, own | {"SPLIT_K": config.split_k} | constants, **launch)
+    return Launch(
+        f"shrink {kind}", kernels.shrink_kernel, types, own | {"SPLIT_K": config.split_k} | constants, **launch
+    )
 
 
 def expand_launch(kind: str, dtype: str, config: Any, own: dict[str, Any]) -> Launch:
     """The second."""
-    from lora_core.ops import triton as kernels
+    from lora_core.ops import adapter_kernels as kernels
 
     names = ("layers", "member_starts", "member_sizes", "counts", "flags", "tokens", "tile_starts", "tile_slots")
     types = dict.fromkeys((*names, "entry_slots"), "*i32") | {"table": "*i64", "weights": "*fp32"}
     types |= dict.fromkeys(("y", "gains", "h", "base_bias"), f"*{dtype}")
     constants, launch = _split(config)
-    return Launch(f"expand {kind}", kernels._expand, types, own | constants, **launch)
+    return Launch(f"expand {kind}", kernels.expand_kernel, types, own | constants, **launch)
 
 
 def between_products(dtype: str) -> Iterator[Launch]:
@@ -191,7 +193,7 @@ def four_bit(dtype: str) -> Iterator[Launch]:
         constants, launch = _split(config)
         is_half = dtype != "fp32"
         flags = {"HAS_BIAS": num_rows == 1, "IS_EVEN": num_outputs < 8_192, "LOOK_UP": is_half, "WIDEN": False}
-        own = {"UNITS_PER_SCALE": 1, "STAGES": config.num_stages}
+        own = {"STAGES": config.num_stages}
         kind = f"four bits {dtype} {num_rows} rows, {num_outputs} outputs"
         table = kernels.TABLE_BYTES if is_half else 0
         yield Launch(kind, kernels._multiply, types, own | flags | constants, own_shared_bytes=table, **launch)

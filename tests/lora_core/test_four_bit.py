@@ -30,10 +30,10 @@ def seed() -> None:
     torch.manual_seed(value)
 
 
-def quantized(num_outputs: int, num_inputs: int, quant_type: str, blocksize: int = 64) -> tuple[Any, ...]:
+def quantized(num_outputs: int, num_inputs: int, quant_type: str) -> tuple[Any, ...]:
     """Codes, scales, what they stand for in float64, and the table of their kind."""
     weight = torch.randn(num_outputs, num_inputs, device=DEVICE) * torch.rand(num_outputs, 1, device=DEVICE)
-    codes, state = bnb.functional.quantize_4bit(weight, blocksize=blocksize, quant_type=quant_type)
+    codes, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type=quant_type)
     return codes, state.absmax, bnb.functional.dequantize_4bit(codes, state).double(), state.code
 
 
@@ -48,12 +48,11 @@ def assert_close(y: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", list(CLOSE))
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_products_are_those_of_the_dequantized_weight(quant_type: str, dtype: torch.dtype, num_rows: int) -> None:
-    num_outputs, blocksize = random.choice([16, 40, 75, 96]), random.choice([64, 64, 128])
-    num_inputs = blocksize * random.choice([1, 3, 5, 8])
-    codes, absmax, weight, code = quantized(num_outputs, num_inputs, quant_type, blocksize)
+    num_outputs, num_inputs = random.choice([16, 40, 75, 96]), 64 * random.choice([1, 3, 8, 16])
+    codes, absmax, weight, code = quantized(num_outputs, num_inputs, quant_type)
     x = torch.randn(num_rows, num_inputs, device=DEVICE).to(dtype)
     bias = torch.randn(num_outputs, device=DEVICE).to(dtype) if random.random() < 0.5 else None
-    y = four_bit_product(x, codes, absmax, pair_table(code, dtype), blocksize, bias)
+    y = four_bit_product(x, codes, absmax, pair_table(code, dtype), bias)
     assert_close(y, x.double() @ weight.T + (0 if bias is None else bias.double()), dtype)
 
 
@@ -65,7 +64,7 @@ def test_every_code_is_told_from_the_others() -> None:
     pairs = pair_table(code, torch.bfloat16)
     x = torch.eye(64, 128, device=DEVICE, dtype=torch.bfloat16)
     wanted = pairs[codes.view(-1).long()].view(4, 128) * absmax.repeat_interleave(64).view(4, 128)
-    y = [four_bit_product(x.roll(64 * half, 1), codes, absmax, pairs, 64, config=SMALL) for half in range(2)]
+    y = [four_bit_product(x.roll(64 * half, 1), codes, absmax, pairs, config=SMALL) for half in range(2)]
     assert torch.equal(torch.cat(y).T.float(), wanted)
 
 
@@ -75,14 +74,14 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
     codes, absmax, _, code = quantized(48, 320, "nf4")
     x = torch.randn(64, 320, device=DEVICE).to(dtype)
     pairs = pair_table(code, dtype)
-    together = four_bit_product(x, codes, absmax, pairs, 64)
+    together = four_bit_product(x, codes, absmax, pairs)
     place = random.randrange(64)
     # The interpreter's products are BLAS's, in which the number of rows does count.
     close = {"rtol": 0, "atol": 0} if DEVICE.type == "cuda" else {"rtol": 1e-2, "atol": 1e-2}
     for rows in (slice(place, place + 1), slice(0, place + 1)):
-        torch.testing.assert_close(four_bit_product(x[rows], codes, absmax, pairs, 64), together[rows], **close)
+        torch.testing.assert_close(four_bit_product(x[rows], codes, absmax, pairs), together[rows], **close)
     x[torch.arange(64) != place] = torch.tensor([torch.inf, torch.nan, 3e4]).repeat(107)[:320].to(DEVICE, dtype)
-    assert torch.equal(four_bit_product(x, codes, absmax, pairs, 64)[place], together[place])
+    assert torch.equal(four_bit_product(x, codes, absmax, pairs)[place], together[place])
 
 
 def test_every_choice_gives_the_same() -> None:
@@ -91,28 +90,28 @@ def test_every_choice_gives_the_same() -> None:
     x = random.choice([x[:, :448], x[:, 2:898:2], x[:, 450:898]])
     pairs = pair_table(code, torch.bfloat16)
     for config in {FourBitConfig.default(rows, outputs) for rows in four_bit.ROW_BLOCKS for outputs in (50, 10_000)}:
-        y = four_bit_product(x, codes, absmax, pairs, 64, config=config)
+        y = four_bit_product(x, codes, absmax, pairs, config=config)
         assert_close(y, x.double() @ weight.T, torch.bfloat16)
 
 
 def test_what_the_kernel_takes() -> None:
-    x = torch.zeros(2, 3, 128, dtype=torch.bfloat16)
-    assert can_multiply(x, 128, 64)
-    assert can_multiply(x, 128, 128)
-    assert not can_multiply(x, 128, 32)
-    assert not can_multiply(x, 128, 256)
-    assert not can_multiply(x, 192, 64)
-    assert not can_multiply(x.float(), 128, 64)
-    assert not can_multiply(x[:0], 128, 64)
-    assert can_multiply(x[:1, :1].expand(MAX_ROWS, 1, 128), 128, 64)
-    assert not can_multiply(x[:1, :1].expand(MAX_ROWS + 1, 1, 128), 128, 64)
+    x = torch.zeros(2, 3, 512, dtype=torch.bfloat16)
+    assert can_multiply(x, 512, 64)
+    assert not can_multiply(x, 512, 32)
+    assert not can_multiply(x, 512, 128)
+    assert not can_multiply(x, 1_024, 64)
+    assert not can_multiply(x[..., :64], 64, 64)
+    assert not can_multiply(x.float(), 512, 64)
+    assert not can_multiply(x[:0], 512, 64)
+    assert can_multiply(x[:1, :1].expand(MAX_ROWS, 1, 512), 512, 64)
+    assert not can_multiply(x[:1, :1].expand(MAX_ROWS + 1, 1, 512), 512, 64)
 
 
 def layer(size: int, kind: str, *, has_bias: bool) -> Any:
     quant_type, _, nested = kind.partition("-")
     options = {"quant_type": quant_type, "compress_statistics": bool(nested)}
-    out: Any = bnb.nn.Linear4bit(128, size, bias=has_bias, compute_dtype=torch.bfloat16, **options)
-    out.weight = bnb.nn.Params4bit(torch.randn(size, 128), requires_grad=False, module=out, **options)
+    out: Any = bnb.nn.Linear4bit(512, size, bias=has_bias, compute_dtype=torch.bfloat16, **options)
+    out.weight = bnb.nn.Params4bit(torch.randn(size, 512), requires_grad=False, module=out, **options)
     if has_bias:
         out.bias = nn.Parameter(torch.randn(size), requires_grad=False)
     if hasattr(out, "support_avx512bf16_for_cpu"):
@@ -145,8 +144,9 @@ def test_layers_on_a_gpu_are_joined_and_multiplied_by_the_kernel(kind: str, call
     wrapped = {name: LoraLinear(part, router) for name, part in zip("qkv", layers, strict=True)}
     attach_slots(wrapped, 2, dtype=torch.bfloat16)
     (group,) = share_inputs(wrapped, [list("qkv")])
+    calls.clear()  # of the warm-up, where there is a GPU
     with torch.inference_mode():
-        for shape in ((1, 1, 128), (2, 7, 128), (1, MAX_ROWS + 1, 128)):
+        for shape in ((1, 1, 512), (2, 7, 512), (1, MAX_ROWS + 1, 512)):
             x = torch.randn(shape, device=DEVICE).bfloat16()
             for part, weight, bias in zip(wrapped.values(), weights, biases, strict=True):
                 wanted = x.double() @ weight.double().T + bias
@@ -165,7 +165,8 @@ def test_nested_scales_are_dequantized_once(calls: list[int]) -> None:
     assert torch.equal(joined.unpack(), torch.cat(weights))
     assert torch.equal(joined.unpack(slice(32, 64)), weights[1])
     assert torch.equal(dequantized_weight(nested), weights[0])
-    x = torch.randn(3, 128, device=DEVICE)
+    x = torch.randn(3, 512, device=DEVICE)
+    calls.clear()
     with torch.inference_mode():
         y = joined(x)
     assert y.dtype == torch.float32

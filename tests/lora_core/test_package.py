@@ -49,6 +49,8 @@ def test_only_four_packages_are_imported(name: str) -> None:
         "lora_core.quant": {"bitsandbytes"},
         "lora_core.quant_files": {"bitsandbytes"},
         "lora_core.quant_product": {"bitsandbytes"},
+        "lora_core.ops.adapter_kernels": {"triton"},
+        "lora_core.ops.few_rows": {"triton"},
         "lora_core.ops.four_bit": {"triton"},
         "lora_core.ops.triton": {"triton"},
         "lora_core.ops.tuning": {"triton"},

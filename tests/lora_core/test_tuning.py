@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from lora_core.device_slots import AdapterTable
+from lora_core.ops import launch, tuning
 from lora_core.ops import plan as plans
 from lora_core.ops import triton as kernels
-from lora_core.ops import tuning
 from lora_core.ops.plan import LARGE_TILE, SMALL_TILE, RoutePlan, bucket_of
 from lora_core.ops.tuning import Tuner, tune_adapters, tuner_for
 from tests.lora_core.test_kernels import DEVICE
 
-START = kernels.ExpandConfig(block_r=16, block_o=64, num_warps=4, num_stages=2)
+START = launch.ExpandConfig(block_r=16, block_o=64, num_warps=4, num_stages=2)
 
 
 @dataclass
@@ -121,9 +121,9 @@ def test_every_choice_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(5, 48, device=DEVICE)
     outputs = []
     for split, block in ((1, 16), (4, 32)):
-        chosen = kernels.LaunchConfigs(
-            kernels.ShrinkConfig(block_r=32, block_k=16, split_k=split, num_warps=4, num_stages=2),
-            kernels.ExpandConfig(block_r=16, block_o=block, num_warps=4, num_stages=2),
+        chosen = launch.LaunchConfigs(
+            launch.ShrinkConfig(block_r=32, block_k=16, split_k=split, num_warps=4, num_stages=2),
+            launch.ExpandConfig(block_r=16, block_o=block, num_warps=4, num_stages=2),
         )
         configs = {(48, (32, 16), *bucket_of(plan.num_entries, plan.tile_tokens, 32)): chosen}
         table = replace(layers._layers, configs=configs)
