@@ -155,9 +155,9 @@ def _views(modules: Mapping[str, Folded], buffer: Tensor, places: _Places) -> di
 def flatten(modules: Mapping[str, Folded], *, pin_memory: bool) -> dict[str, Folded]:
     """Copy an adapter's arrays into one piece of host memory, from which one copy brings them to the device."""
     places = _places(modules)
-    views = _views(modules, torch.zeros(places.num_bytes, dtype=torch.uint8, pin_memory=pin_memory), places)
-    for target, source in zip(_arrays(views), _arrays(modules), strict=True):
-        target.copy_(source)
+    views = _views(modules, torch.empty(places.num_bytes, dtype=torch.uint8, pin_memory=pin_memory), places)
+    # One call: after each, a thread that is busy beside this one, the engine's, may have to be waited for.
+    torch._foreach_copy_(list(_arrays(views)), list(_arrays(modules)))
     return views
 
 

@@ -59,7 +59,10 @@ def tiny_model(architecture: str, seed: int, vocab_size: int = VOCABULARY) -> Pr
     torch.manual_seed(seed)
     config = CONFIGS[architecture]()
     config.vocab_size = vocab_size
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # Transformers 5.17 would take SDPA all the same, which leaves the cap out.
+    is_capped = getattr(config, "attn_logit_softcapping", None) is not None
+    options = {"attn_implementation": "eager"} if is_capped else {}
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
     with torch.no_grad():  # biases and norms are constant after initialisation: make them matter
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or parameter.ndim == 1:

@@ -133,13 +133,14 @@ def _whole(
     if HAS_DELTA:
         flag = tl.load(flags + token)
         is_gained = mask & (columns < tl.where(flag == 2, y_stride, 0))
-        more = tl.load(added + places, mask=mask, other=0.0).to(tl.float32)  # of others' tokens it is anything
+        more = tl.load(added + places, mask=mask, other=0.0).to(tl.float32)
+        more = tl.where(flag != 0, more, 0.0)  # else it is anything; asked for before the flag is known
         gain = tl.load(gains + places, mask=is_gained, other=0.0).to(tl.float32)
         base = value
         if HAS_BIAS:
             base -= tl.load(bias + columns, mask=is_gained, other=0.0).to(tl.float32)
         more += tl.where(flag == 2, gain * base, 0.0)
-        value = tl.where(flag != 0, (value + more).to(y.dtype.element_ty).to(tl.float32), value)
+        value = (value + more).to(y.dtype.element_ty).to(tl.float32)
     return value
 
 

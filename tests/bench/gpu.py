@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from lora_core.maths import Folded
 from lora_core.quant import settle_layout
 from server.engine import EngineConfig, EngineLoop, Event, GenerationRequest, ModelRunner, SamplingParams, Token
+from server.engine.ports import AdapterLease
 from tests.bench.gpu_cold import cold_times
 from tests.bench.gpu_model import SHAPES, Roofline, Shape, build_model, measure_roofline, synchronize, weight_bytes
 from tests.bench.gpu_peers import continuous_step_s, peft_step_s
@@ -69,11 +70,10 @@ class Kernels:
 class Stream:
     """A request, and when its tokens came."""
 
-    def __init__(self, name: str, prompt: list[int], num_new: int, weights: Weights) -> None:
+    def __init__(self, name: str, prompt: list[int], num_new: int, lease: AdapterLease | None) -> None:
         self.times: list[float] = []
         self.end: Event | None = None
         sampling = SamplingParams(max_new_tokens=num_new, ignore_eos=True)
-        lease = FixedLease(weights) if weights else None
         self.request = GenerationRequest(name, prompt, sampling, self._emit, lease)
 
     def _emit(self, event: Event) -> None:
@@ -175,14 +175,16 @@ class Bench:
             out.append(max(s.times[0] for s in streams) - start)
         return min(out)
 
-    def submit(self, length: int, num_new: int, weights: Weights) -> Stream:
-        stream = Stream(f"{next(self._names)}", self.prompt(length), num_new, weights)
+    def submit(self, length: int, num_new: int, weights: Weights, lease: AdapterLease | None = None) -> Stream:
+        """Start a request for adapters in slots, or for those of a lease."""
+        lease = FixedLease(weights) if weights else lease
+        stream = Stream(f"{next(self._names)}", self.prompt(length), num_new, lease)
         self.engine.submit(stream.request)
         return stream
 
-    def first_token_s(self, weights: Weights) -> float:
+    def first_token_s(self, open_lease: Callable[[], AdapterLease]) -> float:
         start = time.perf_counter()
-        stream = self.submit(8, 1, weights)
+        stream = self.submit(8, 1, {}, open_lease())
         self.wait([stream])
         return stream.times[0] - start
 
@@ -200,6 +202,7 @@ def write_adapter(folder: Path, bench: Bench) -> None:
             key = f"base_model.model.{name}"
             tensors[f"{key}.lora_A.weight"] = torch.randn(RANK, layer.in_features) * 0.02
             tensors[f"{key}.lora_B.weight"] = torch.randn(layer.out_features, RANK) * 0.01
+    folder.mkdir()
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK}
     (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": sorted(targets)}))
     save_file(tensors, folder / "adapter_model.safetensors")
@@ -228,9 +231,11 @@ def measure(bench: Bench, roofline: Roofline, folder: Path) -> tuple[list[Figure
     steps["dora"] = bench.step_s(in_turn)
     bench.load([RANKS[i % len(RANKS)] for i in range(count)])
     steps["distinct"] = bench.step_s([{i: 1.0} for i in range(count)])
-    write_adapter(folder, bench)
     bench.load([RANK] * NUM_ADAPTERS)
-    cold = cold_times(bench, [{i: 1.0} for i in range(min(NUM_ADAPTERS, count) - 1)], folder, RANK)
+    bench.runner.bank.free(0)  # the first that the server's registry takes
+    staged = folder / "staged"
+    write_adapter(staged, bench)
+    cold = cold_times(bench, [{i: 1.0} for i in range(1, min(NUM_ADAPTERS, count))], staged, RANK)
     floor_s = bench.weight_bytes / roofline.bytes_per_s
     compute_s = 2 * shape.prefill * min(NUM_ADAPTERS, count) * parameters(bench) / roofline.flops_per_s
     return [
@@ -243,10 +248,11 @@ def measure(bench: Bench, roofline: Roofline, folder: Path) -> tuple[list[Figure
         at_least(f"prefill of {shape.prefill} a row, 8 adapters / base", form, prefill[0] / prefill[1], 0.90),
         Figure("that prefill over its arithmetic floor", form, prefill[1] / compute_s, "", None),
         at_most("cold adapter, disk to first token beyond a resident one's, ms", form, 1e3 * cold.beyond_warm_s, 60),
-        Figure("of that, reading and folding, ms", form, 1e3 * cold.fold_s, "", None),
+        Figure("of that, reading and checking the digest, ms", form, 1e3 * cold.read_s, "", None),
+        Figure("of that, folding, ms", form, 1e3 * cold.fold_s, "", None),
         Figure("of that, into its slot, ms", form, 1e3 * cold.copy_s, "", None),
         at_most("others' inter-token p99 meanwhile, over that beside a resident one", form, cold.others, 1.05),
-        Figure("the latter over that beside nobody", form, cold.others_beside_warm, "", None),
+        Figure("others' p99 beside a resident one's arrival over none", form, cold.others_beside_warm, "", None),
     ], steps  # fmt: skip
 
 

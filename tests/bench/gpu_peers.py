@@ -79,7 +79,7 @@ def _continuous_step_s(model: Any, shape: Shape, prompts: list[list[int]], setti
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     known = {each.name: each.default for each in fields(ContinuousBatchingConfig)}
-    block_size: Any = known.get("page_size") or known["block_size"]  # its name before 5.18, and its own choice
+    block_size: Any = known.get("page_size") or known["block_size"]  # its name in 5.17, and its own choice
     # Left alone it takes most of the memory, on a CPU most of the machine's.
     config = ContinuousBatchingConfig(
         num_blocks=2 * len(prompts) * -(-(shape.context + shape.num_new) // block_size),

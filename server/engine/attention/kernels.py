@@ -54,7 +54,7 @@ class AttendConfig:
         row_bytes = itemsize * (_block(dim) + _block(value_dim)) * num_buffers(num_stages, num_rows)
         room = min(STAGES_BYTES, SHARED_BYTES - itemsize * num_rows * _block(dim))
         num_keys = 1 << max(4, (room // row_bytes).bit_length() - 1)
-        num_keys = min(num_keys, BLOCK_KEYS // 2 if is_split else BLOCK_KEYS)
+        num_keys = min(num_keys, BLOCK_KEYS // 2 if is_split or num_rows > 64 else BLOCK_KEYS)
         return cls(num_keys, 4 if num_rows * _block(value_dim) <= WARP_SUMS else 8, num_stages)
 
     def shared_bytes(self, itemsize: int, num_rows: int, dim: int, value_dim: int) -> int:
