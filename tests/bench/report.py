@@ -34,6 +34,7 @@ COMPARISONS: list[tuple[str, Side, Side, float, bool]] = [
     ("W2 / transformers' continuous batching", (US, "W2", RATE), (("transformers-cb",), "W2", RATE), 3.0, True),
     ("W3 / PEFT mixed batch", (US, "W3", RATE), (("peft",), "W3", RATE), 4.5, True),
     ("W3 / llama.cpp Q4", (US, "W3", RATE), (("llama.cpp-q4",), "W3", RATE), 5.0, True),
+    ("W3 in int4 / llama.cpp Q4", (INT4, "W3", RATE), (("llama.cpp-q4",), "W3", RATE), 5.0, True),
     ("W3 / vLLM", (US, "W3", RATE), (("vllm-lora",), "W3", RATE), 12.0, True),
     ("W3 / own W2", (US, "W3", RATE), (US, "W2", RATE), 0.55, True),
     ("W3 with rank 8 / own W2", (US, "W3r8", RATE), (US, "W2", RATE), 0.8, True),
