@@ -10,6 +10,7 @@ being moved, and a captured graph need not know. Adapters take the bytes that th
 """
 
 from collections.abc import Hashable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -26,6 +27,9 @@ __all__ = ["FIELDS", "AdapterTable", "DeviceSlots", "LayerKernels", "flatten", "
 FIELDS = 8
 COUNTERS = 1 << 14
 ALIGNMENT = 256
+# One core takes 40 ms for the 84 MB of rank 16 on all of an 8B model. Threads inherit the priority of their maker.
+NUM_COPIERS = 4
+LARGE_BYTES = 8 << 20
 
 
 class AdapterTable:
@@ -50,10 +54,10 @@ class AdapterTable:
         Args:
             folded: on the device, by layer number; a layer that is not named is not touched by the adapter.
         """
-        host = torch.zeros(self.rows.shape[0], FIELDS, dtype=torch.int64)
+        host = [[0] * FIELDS for _ in range(self.rows.shape[0])]
         for layer, part in folded.items():
-            host[layer, :5] = torch.tensor([*map(_address, (part.a, part.b, part.gain, part.bias)), part.rank])
-        copies.copy(self.rows[:, slot], host)
+            host[layer][:5] = *map(_address, (part.a, part.b, part.gain, part.bias)), part.rank
+        copies.copy(self.rows[:, slot], torch.tensor(host, dtype=torch.int64))
         has_gain = any(part.gain is not None for part in folded.values())
         if has_gain != (slot in self.gained):
             self.gained ^= {slot}
@@ -156,8 +160,18 @@ def flatten(modules: Mapping[str, Folded], *, pin_memory: bool) -> dict[str, Fol
     """Copy an adapter's arrays into one piece of host memory, from which one copy brings them to the device."""
     places = _places(modules)
     views = _views(modules, torch.empty(places.num_bytes, dtype=torch.uint8, pin_memory=pin_memory), places)
-    # One call: after each, a thread that is busy beside this one, the engine's, may have to be waited for.
-    torch._foreach_copy_(list(_arrays(views)), list(_arrays(modules)))
+    targets, sources = list(_arrays(views)), list(_arrays(modules))
+    count = 1 if places.num_bytes < LARGE_BYTES else min(NUM_COPIERS, len(targets))
+
+    def copy(number: int) -> None:
+        # In one call: after each, a thread that is busy beside this one, the engine's, may have to be waited for.
+        torch._foreach_copy_(targets[number::count], sources[number::count])
+
+    if count > 1:
+        with ThreadPoolExecutor(count) as threads:
+            list(threads.map(copy, range(count)))
+    elif targets:
+        copy(0)
     return views
 
 

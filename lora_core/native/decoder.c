@@ -29,6 +29,8 @@ typedef struct {
     int64_t size;
     const T *norms[2];                 // [size], before attention and before the MLP
     float epsilons[2];                 // of the norms
+    const T *head_norms[2];            // [dim], of each head of queries and of keys, or null
+    float head_epsilons[2];            // of these
     Projection parts[NUM_PROJECTIONS]; // a part's x is what comes before it
     Attention attention;               // reads the first part's y, writes the second's x
 } Decoder;
@@ -56,8 +58,14 @@ static int prepare(const Decoder *d, int part, const Pass *pass) {
     int failed = 0;
     if (part == QKV)
         rms_norm(pass->hidden, d->norms[0], x, pass->rows, d->size, d->epsilons[0]);
-    else if (part == OUT)
-        failed = attend(&d->attention, pass->step);
+    else if (part == OUT) {
+        const Attention *a = &d->attention;
+        int64_t numbers[] = {a->num_heads, a->num_kv_heads}, strides[] = {a->query_stride, a->key_stride};
+        const T *heads[] = {a->query, a->key};
+        for (int i = 0; i < 2 && d->head_norms[0]; i++)
+            norm_heads((T *)heads[i], d->head_norms[i], pass->rows, strides[i], numbers[i], a->dim, d->head_epsilons[i]);
+        failed = attend(a, pass->step);
+    }
     else if (part == GATE_UP) {
         add_numbers(pass->hidden, d->parts[OUT].y, pass->hidden, pass->rows * d->size);
         rms_norm(pass->hidden, d->norms[1], x, pass->rows, d->size, d->epsilons[1]);

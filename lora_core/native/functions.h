@@ -56,5 +56,6 @@ int lora(T *y, int64_t ldy, const T *x, int64_t ldx, int64_t I, const T *base_bi
          int64_t num_layers, const Plan *plan);
 int attend(const Attention *a, const Step *s);
 void rms_norm(const T *x, const T *weight, T *y, int64_t rows, int64_t size, float eps);
+void norm_heads(T *x, const T *weight, int64_t tokens, int64_t stride, int64_t heads, int64_t dim, float eps);
 void silu_gate(const T *x, T *y, int64_t rows, int64_t size);
 void add_numbers(const T *a, const T *b, T *y, int64_t size);

@@ -4,26 +4,36 @@
 
 #define MIN_WORK 30000 // numbers below which a second thread does not pay
 
-// x / sqrt(mean(x²) + eps) · weight for each row: x and y [rows, size], weight [size].
-void rms_norm(const T *x, const T *weight, T *y, int64_t rows, int64_t size, float eps) {
+// x / sqrt(mean(x²) + eps) · weight of `size` numbers; y may be x.
+static void norm_row(const T *x, const T *weight, T *y, int64_t size, float eps) {
     int64_t whole = size / VL * VL;
+    vec squares = all(0);
+    for (int64_t i = 0; i < whole; i += VL)
+        squares += load(x + i) * load(x + i);
+    float total = sum(squares);
+    for (int64_t i = whole; i < size; i++)
+        total += get(x + i) * get(x + i);
+    float scale = 1 / sqrtf(total / size + eps);
+    for (int64_t i = 0; i < whole; i += VL)
+        store(y + i, load(x + i) * scale * load(weight + i));
+    if (whole < size)
+        store_part(y + whole, load_part(x + whole, size - whole) * scale * load_part(weight + whole, size - whole),
+                   size - whole);
+}
+
+// Of each row: x and y [rows, size], weight [size].
+void rms_norm(const T *x, const T *weight, T *y, int64_t rows, int64_t size, float eps) {
 #pragma omp parallel for schedule(static) if (rows * size > MIN_WORK)
-    for (int64_t r = 0; r < rows; r++) {
-        const T *from = x + r * size;
-        T *to = y + r * size;
-        vec squares = all(0);
-        for (int64_t i = 0; i < whole; i += VL)
-            squares += load(from + i) * load(from + i);
-        float total = sum(squares);
-        for (int64_t i = whole; i < size; i++)
-            total += get(from + i) * get(from + i);
-        float scale = 1 / sqrtf(total / size + eps);
-        for (int64_t i = 0; i < whole; i += VL)
-            store(to + i, load(from + i) * scale * load(weight + i));
-        if (whole < size)
-            store_part(to + whole, load_part(from + whole, size - whole) * scale * load_part(weight + whole, size - whole),
-                       size - whole);
-    }
+    for (int64_t r = 0; r < rows; r++)
+        norm_row(x + r * size, weight, y + r * size, size, eps);
+}
+
+// Of each head, in place: x [tokens, heads, dim], tokens `stride` apart, weight [dim].
+void norm_heads(T *x, const T *weight, int64_t tokens, int64_t stride, int64_t heads, int64_t dim, float eps) {
+#pragma omp parallel for schedule(static) if (tokens * heads * dim > MIN_WORK)
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t h = 0; h < heads; h++)
+            norm_row(x + t * stride + h * dim, weight, x + t * stride + h * dim, dim, eps);
 }
 
 // silu(gate) · up for rows [gate | up], x [rows, 2 · size] -> y [rows, size]; silu(x) = x / (1 + e^-x).

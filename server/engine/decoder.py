@@ -51,6 +51,8 @@ class _Decoder(ctypes.Structure):
         ("size", ctypes.c_int64),
         ("norms", ctypes.c_void_p * 2),
         ("epsilons", ctypes.c_float * 2),
+        ("head_norms", ctypes.c_void_p * 2),
+        ("head_epsilons", ctypes.c_float * 2),
         ("parts", _Projection * NUM_PRODUCTS),
         ("attention", LayerAttention),
     )
@@ -93,6 +95,9 @@ class DecoderStack(Places):
             layer.size = part.sizes[0][0]
             layer.norms[:] = [norm.weight.data_ptr() for norm in part.norms]
             layer.epsilons[:] = [norm.eps for norm in part.norms]
+            if part.attention.norms is not None:
+                layer.head_norms[:] = [norm.weight.data_ptr() for norm in part.attention.norms]
+                layer.head_epsilons[:] = [norm.eps for norm in part.attention.norms]
         for product, group, adapters in zip(self._products, self._groups, self._adapters, strict=True):
             if group.native is not None:
                 product.weight, product.scales = group.native.addresses

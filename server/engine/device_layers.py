@@ -46,7 +46,8 @@ class DeviceStack(Places):
             joined, o, both, down = part.groups
             call, norm = part.attention.call, part.norms[1]
             cached = step.cache.heads(call.layer)
-            query = kernels.rotate(*joined.apart(normed), joined.bias, embeddings, *cached, step.positions)
+            heads = *joined.apart(normed), joined.bias
+            query = kernels.rotate(*heads, part.attention.norms, embeddings, *cached, step.positions)
             attended = step.read(call, query)
             normed = kernels.add_norm(hidden, *o.apart(attended.flatten(1)), o.bias, norm.weight, norm.eps)
             inner = kernels.gate(*both.apart(normed), both.bias)

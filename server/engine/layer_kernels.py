@@ -1,6 +1,6 @@
 """What lies between a decoder layer's products, in three Triton kernels: each reads a product's output once.
 
-    rotate     queries and keys turned, keys and values written into the cache
+    rotate     queries and keys, norms of their heads applied, turned; keys and values written into the cache
     gate       silu(gate)·up
     add_norm   hidden += y; norm(hidden)
 
@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.ops.triton import Delta
+from server.engine.norm import RmsNorm
 
 __all__ = ["add_norm", "gate", "rotate"]
 
@@ -28,6 +29,7 @@ def rotate(
     heads: Tensor,
     delta: Delta | None,
     bias: Tensor | None,
+    norms: tuple[RmsNorm, RmsNorm] | None,
     embeddings: tuple[Tensor, Tensor],
     keys: Tensor,
     values: Tensor,
@@ -38,6 +40,7 @@ def rotate(
     Args:
         heads: [T, (H + 2·Hkv)·D], queries, keys and values as products give them.
         bias: of that product, [ΣO] or None.
+        norms: of each head of queries and of keys, or None.
         embeddings: cos and sin, [1, T, D].
         keys, values: [Hkv, blocks, block_size, D]; written.
         positions: [T] int64, block · block_size + offset; -1 is not written.
@@ -46,15 +49,19 @@ def rotate(
     num_heads = heads.shape[1] // dim - 2 * num_kv_heads
     query = heads.new_empty(num_tokens, num_heads, dim)
     cos, sin = (part[0] for part in embeddings)
+    weights = (heads, heads) if norms is None else (norms[0].weight, norms[1].weight)
+    epsilons = (0.0, 0.0) if norms is None else (norms[0].eps, norms[1].eps)
     _rotate[(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, HEADS))](
         heads,
         *_arguments(heads, delta, bias),
+        *weights,
         cos,
         sin,
         positions,
         query,
         keys,
         values,
+        *epsilons,
         heads.stride(0),
         cos.stride(0),
         keys.stride(0),
@@ -63,6 +70,7 @@ def rotate(
         num_kv_heads,
         HAS_DELTA=delta is not None,
         HAS_BIAS=bias is not None,
+        HAS_NORMS=norms is not None,
         DIM=dim,
         BLOCK_HALF=triton.next_power_of_2(dim // 2),
         HEADS=HEADS,
@@ -151,12 +159,16 @@ def _rotate(
     added,
     gains,
     bias,
+    query_weights,
+    key_weights,
     cos,
     sin,
     positions,
     query,
     keys,
     values,
+    query_eps,
+    key_eps,
     heads_stride,
     angles_stride,
     keys_stride,
@@ -165,6 +177,7 @@ def _rotate(
     num_kv_heads,
     HAS_DELTA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     HEADS: tl.constexpr,
@@ -178,15 +191,25 @@ def _rotate(
     first = _whole(heads, flags, added, gains, bias, token, columns, mask, heads_stride, HAS_DELTA, HAS_BIAS)
     columns += DIM // 2
     second = _whole(heads, flags, added, gains, bias, token, columns, mask, heads_stride, HAS_DELTA, HAS_BIAS)
+    dtype = query.dtype.element_ty
+    is_query = mask & (head < num_heads)
+    normed_first, normed_second = first, second  # of values it is not stored
+    if HAS_NORMS:
+        squares = tl.sum(first * first + second * second, 1)[:, None] / DIM
+        scale = 1.0 / tl.sqrt(squares + tl.where(head < num_heads, query_eps, key_eps))
+        weights = tl.load(query_weights + d, mask=is_half, other=0.0).to(tl.float32)
+        other = tl.load(key_weights + d, mask=is_half, other=0.0).to(tl.float32)
+        normed_first = (first * scale * tl.where(head < num_heads, weights, other)).to(dtype).to(tl.float32)
+        weights = tl.load(query_weights + d + DIM // 2, mask=is_half, other=0.0).to(tl.float32)
+        other = tl.load(key_weights + d + DIM // 2, mask=is_half, other=0.0).to(tl.float32)
+        normed_second = (second * scale * tl.where(head < num_heads, weights, other)).to(dtype).to(tl.float32)
     angles = token * angles_stride + d
     first_cos = tl.load(cos + angles, mask=is_half, other=0.0).to(tl.float32)
     first_sin = tl.load(sin + angles, mask=is_half, other=0.0).to(tl.float32)
     second_cos = tl.load(cos + angles + DIM // 2, mask=is_half, other=0.0).to(tl.float32)
     second_sin = tl.load(sin + angles + DIM // 2, mask=is_half, other=0.0).to(tl.float32)
-    dtype = query.dtype.element_ty
-    first_turned = (first * first_cos - second * first_sin).to(dtype)
-    second_turned = (second * second_cos + first * second_sin).to(dtype)
-    is_query = mask & (head < num_heads)
+    first_turned = (normed_first * first_cos - normed_second * first_sin).to(dtype)
+    second_turned = (normed_second * second_cos + normed_first * second_sin).to(dtype)
     out = query + (token * num_heads + head) * DIM + d
     tl.store(out, first_turned, mask=is_query)
     tl.store(out + DIM // 2, second_turned, mask=is_query)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from lora_core.shared import SharedLinears
 from server.engine.attention import RotaryAttention
 from server.engine.attention.interface import STEP_ARGUMENT
-from server.engine.replace import GatedMlp, RmsNorm
+from server.engine.norm import RmsNorm
+from server.engine.replace import GatedMlp
 
 __all__ = ["CHILDREN", "LayerParts", "LayerStack", "Places", "Seen", "StackKind", "StackedForward", "replace_layers"]
 
@@ -191,7 +192,8 @@ def _parts(layer: nn.Module) -> LayerParts | None:
     groups = [group for m in products if isinstance(group := getattr(m, "shared", None), SharedLinears)]
     if len(groups) < len(products) or len(groups[1].members) > 1 or len(groups[3].members) > 1:
         return None
-    tensors = [first.weight, second.weight, *(group.bias for group in groups if group.bias is not None)]
+    norms = [first, second, *(attention.norms or ())]
+    tensors = [*(norm.weight for norm in norms), *(group.bias for group in groups if group.bias is not None)]
     if len({tensor.dtype for tensor in tensors}) > 1:
         return None
     return LayerParts(layer, attention, mlp, (first, second), groups)

@@ -11,26 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_core import LoraLinear
-from lora_core.native.small import native_rms_norm, native_silu_gate
+from lora_core.native.small import native_silu_gate
 from lora_core.shared import SharedLinears
 from server.engine.attention import TOLERANCE
+from server.engine.norm import RmsNorm
 
-__all__ = ["GatedMlp", "RmsNorm", "replace_mlps", "replace_norms"]
+__all__ = ["GatedMlp", "replace_mlps", "replace_norms"]
 
 NUM_TRIAL_TOKENS = 5
-
-
-class RmsNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension."""
-
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
-        super().__init__()
-        self.weight = weight
-        self.eps = eps
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        own = native_rms_norm(hidden_states, self.weight, self.eps)
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps) if own is None else own
 
 
 class GatedMlp(nn.Module):
@@ -76,11 +64,8 @@ def replace_mlps(model: nn.Module, groups: list[SharedLinears]) -> int:
 
 
 def _norm(module: nn.Module) -> tuple[RmsNorm, int] | None:
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    parameters = dict(module.named_parameters())
-    if not isinstance(eps, float) or list(parameters) != ["weight"] or parameters["weight"].ndim != 1:
-        return None
-    return RmsNorm(parameters["weight"], eps), len(parameters["weight"])
+    norm = RmsNorm.like(module)
+    return None if norm is None else (norm, len(norm.weight))
 
 
 def _mlp(module: nn.Module, by_first: Mapping[int, SharedLinears]) -> tuple[GatedMlp, int] | None:

@@ -15,6 +15,7 @@ LONG_FUNCTIONS = {
     "lora_core.ops.adapter_kernels.shrink_kernel": "a kernel is compiled as one",
     "lora_core.ops.adapter_kernels.expand_kernel": "ditto",
     "server.engine.attention.kernels._attend": "ditto",
+    "server.engine.layer_kernels._rotate": "ditto",
     "server.cli.serve.serve": "one line per flag: its signature is its documentation",
     "server.app.build_server": "puts every part together, in order",
 }

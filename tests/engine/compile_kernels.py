@@ -130,9 +130,10 @@ def between_products(dtype: str) -> Iterator[Launch]:
     delta = {"flags": "*i32", "added": own, "gains": own, "bias": own}
     for flags in ({"HAS_DELTA": False, "HAS_BIAS": False}, {"HAS_DELTA": True, "HAS_BIAS": True}):
         kind = f"{dtype} {'with' if flags['HAS_DELTA'] else 'without'} adapters"
-        types = delta | dict.fromkeys(("heads", "cos", "sin", "query", "keys", "values"), own) | {"positions": "*i64"}
-        sizes = {"DIM": 128, "BLOCK_HALF": 64, "HEADS": kernels.HEADS}
-        yield Launch(f"rotate {kind}", kernels._rotate, types, flags | sizes)
+        names = ("heads", "query_weights", "key_weights", "cos", "sin", "query", "keys", "values")
+        types = delta | dict.fromkeys(names, own) | {"positions": "*i64"}
+        sizes = {"DIM": 128, "BLOCK_HALF": 64, "HEADS": kernels.HEADS, "HAS_NORMS": flags["HAS_BIAS"]}
+        yield Launch(f"rotate {kind}", kernels._rotate, types, flags | sizes, ("query_eps", "key_eps"))
         types = delta | dict.fromkeys(("both", "out"), own)
         yield Launch(f"gate {kind}", kernels._gate, types, flags | {"BLOCK": kernels.GATE_COLUMNS})
         types = delta | dict.fromkeys(("hidden", "y", "weight", "out"), own)

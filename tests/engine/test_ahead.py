@@ -64,7 +64,8 @@ def test_the_tokens_are_the_same(runners: tuple[ModelRunner, ModelRunner], is_si
     assert not engine.stats.num_steps_ahead
     ahead, engine = _run(runners[1], wishes)
     assert_equal(ahead, plain)
-    assert engine.stats.num_steps_ahead > (engine.stats.num_steps // 2 if is_simple else 0)
+    if is_simple:  # others may each have to be read first
+        assert engine.stats.num_steps_ahead > engine.stats.num_steps // 2
 
 
 def test_the_tokens_are_the_same_through_preemption(runners: tuple[ModelRunner, ModelRunner]) -> None:

@@ -25,7 +25,7 @@ __all__ = ["native_kind"]
 BLOCK = 4
 NUM_LAYERS = 2
 CONFIG = EngineConfig(max_running=6, max_step_tokens=64, max_slots=4, block_size=BLOCK, kv_bytes=1 << 20)
-FUSED = ["llama", "mistral", "qwen2"]
+FUSED = ["llama", "mistral", "qwen2", "qwen3"]
 Chunks = list[tuple[GenerationRequest, int, int]]
 
 
@@ -124,7 +124,7 @@ def count_calls(stack: DecoderStack, monkeypatch: pytest.MonkeyPatch) -> list[in
     return calls
 
 
-@pytest.mark.parametrize("architecture", ["gemma2", "qwen3", "gpt2"])
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "gpt2"])
 def test_layers_of_other_kinds_stay_as_they_are(architecture: str) -> None:
     runner = make_runner(architecture)
     assert runner.optimised.num_decoders == 0

@@ -28,9 +28,9 @@ from tests.tiny_models import VOCABULARY, tiny_model
 DTYPES = [torch.bfloat16, *([torch.float16] if DEVICE.type == "cuda" else [])]
 NAMES = ["rank4", "rank16", "dora", "whole"]
 MIX = {"rank4": 0.7, "rank16": 0.6}
-ROWS_PER_KIND, NUM_TOKENS = 4, 16
-# Sums in another order round differently; a few hundred numbers tell the size of errors to a tenth or two.
-FACTOR, ABSOLUTE = 1.5, 1e-3
+ROWS_PER_KIND, NUM_TOKENS = 8, 16
+# Sums in another order round differently, and a hundred numbers of a few rows tell the size of errors only roughly.
+FACTOR, FACTOR_OF_A_KIND, ABSOLUTE = 1.5, 2.0, 3e-4
 # ... and so much further off is who confuses adapters.
 APART = 10.0
 
@@ -130,6 +130,7 @@ def test_a_mixed_batch_is_as_close_as_peft_in_the_same_precision(case: Case) -> 
     allowed = FACTOR * _size(chain(*peft.values())) + ABSOLUTE
     assert _size(chain(*own.values())) <= allowed
     for kind in case.slots:
+        assert _size(own[kind]) <= FACTOR_OF_A_KIND * _size(peft[kind]) + ABSOLUTE, kind
         assert _size(others[kind]) > APART * allowed, kind
 
 

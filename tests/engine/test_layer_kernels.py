@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_core.ops import few_rows
@@ -13,6 +13,7 @@ from lora_core.ops.triton import Delta
 from server.engine import layer_kernels as kernels
 from server.engine.attention.interface import Rotations
 from server.engine.kv_cache import KVCache, LayerShape
+from server.engine.norm import RmsNorm
 from tests.device import DEVICE
 
 CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
@@ -80,8 +81,9 @@ def test_sums_and_norms(make: Callable[..., Case], dtype: torch.dtype, has_norm:
     torch.testing.assert_close(out, wanted, **CLOSE[dtype])
 
 
+@pytest.mark.parametrize("has_norms", [False, True])
 @pytest.mark.parametrize("dtype", list(CLOSE))
-def test_rotations_and_the_cache(make: Callable[..., Case], dtype: torch.dtype) -> None:
+def test_rotations_and_the_cache(make: Callable[..., Case], dtype: torch.dtype, has_norms: bool) -> None:
     """Of more heads than a program takes; a token of nobody's is not written."""
     num_heads, num_kv_heads, dim, num_tokens = 9, 3, random.choice([8, 12]), 5
     heads, delta, bias, whole = make(num_tokens, (num_heads + 2 * num_kv_heads) * dim, dtype)
@@ -92,9 +94,16 @@ def test_rotations_and_the_cache(make: Callable[..., Case], dtype: torch.dtype) 
     places = [*random.sample(range(BLOCK, 4 * BLOCK), num_tokens - 1), -1]
     angles = torch.rand(1, num_tokens, dim // 2, device=DEVICE).repeat(1, 1, 2) * 6
     embeddings = angles.cos().to(dtype), angles.sin().to(dtype)
-    query = kernels.rotate(heads, delta, bias, embeddings, keys, values, torch.tensor(places, device=DEVICE))
-    turned = whole.float().view(num_tokens, -1, dim)
-    wanted_values = turned[:, -num_kv_heads:].to(dtype)
+    norms = [RmsNorm(nn.Parameter(randn(dim, dtype=dtype)), random.choice([1e-6, 1e-2])) for _ in range(2)]
+    own = (norms[0], norms[1]) if has_norms else None
+    query = kernels.rotate(heads, delta, bias, own, embeddings, keys, values, torch.tensor(places, device=DEVICE))
+    turned = whole.view(num_tokens, -1, dim)
+    wanted_values = turned[:, -num_kv_heads:].clone()
+    if has_norms:
+        with torch.no_grad():
+            turned[:, :num_heads] = norms[0](turned[:, :num_heads].contiguous())
+            turned[:, num_heads:-num_kv_heads] = norms[1](turned[:, num_heads:-num_kv_heads].contiguous())
+    turned = turned.float()
     Rotations().rotate(turned[:, :-num_kv_heads], tuple(part.float() for part in embeddings))  # type: ignore[arg-type]
     wanted_query, wanted_keys, _ = turned.to(dtype).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     torch.testing.assert_close(query, wanted_query, **CLOSE[dtype])

@@ -99,6 +99,23 @@ def test_an_adapter_arrives_bit_for_bit_and_in_one_copy(dtype: torch.dtype, is_f
     assert_same(bank, 2, wanted)
 
 
+@pytest.mark.parametrize("num_outputs", [1 << 10, 1 << 20])
+def test_flat_arrays_are_those_that_they_were(num_outputs: int) -> None:
+    """Small ones, and ones that several threads copy."""
+    parts = {
+        str(i): Folded(torch.randn(4, 33), torch.randn(num_outputs, 4).T, torch.randn(num_outputs) if i % 2 else None)
+        for i in range(3)
+    }
+    flat = flatten_parts(parts, CPU)
+    assert flat.keys() == parts.keys()
+    for name, part in parts.items():
+        for mine, expected in zip(flat[name].tensors(), part.tensors(), strict=True):
+            assert torch.equal(mine, expected)
+            assert mine.is_contiguous()
+    assert len({t.untyped_storage().data_ptr() for part in flat.values() for t in part.tensors()}) == 1
+    assert flatten_parts({}, CPU) == {}
+
+
 def test_a_slot_is_nobodys_until_all_of_it_has_arrived() -> None:
     copies = LateCopies()
     bank = DeviceModelSlots(layers(), 2, dtype=torch.float32, copies=copies)

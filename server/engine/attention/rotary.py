@@ -2,8 +2,8 @@
 
 Hugging Face's own block stays the definition. `replace_attention` tries this one beside it, layer by layer on random
 input, and takes its place only where both hand the same queries, keys and values to the same attention call and give
-the same output. Whatever else a model does there (norms on queries, partial rotation) shows as a difference, and its
-blocks stay as they are.
+the same output. Whatever else a model does there (partial rotation, norms of other kinds) shows as a difference, and
+its blocks stay as they are.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_core import LoraLinear
 from lora_core.shared import SharedLinears
 from server.engine.attention.interface import STEP_ARGUMENT, AttentionCall, AttentionStep, Rotations
+from server.engine.norm import RmsNorm
 
 __all__ = ["TOLERANCE", "RotaryAttention", "replace_attention"]
 
@@ -23,14 +24,22 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 class RotaryAttention(nn.Module):
-    """q, k, v = rotate(W_qkv·x); out = W_o·attention(q, k, v).
+    """q, k, v = rotate(norm(W_qkv·x)); out = W_o·attention(q, k, v).
 
     Args:
         call: what the block asks of attention.
         head_dim: features of a head, keys and values alike.
+        norms: of each head of queries and of keys, as Qwen 3 has them; or none.
     """
 
-    def __init__(self, projections: SharedLinears, o_proj: LoraLinear, call: AttentionCall, head_dim: int) -> None:
+    def __init__(
+        self,
+        projections: SharedLinears,
+        o_proj: LoraLinear,
+        call: AttentionCall,
+        head_dim: int,
+        norms: tuple[RmsNorm, RmsNorm] | None,
+    ) -> None:
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj = projections.members
         self.o_proj = o_proj
@@ -39,6 +48,9 @@ class RotaryAttention(nn.Module):
         self.layer_idx = call.layer  # as the model's own blocks have it
         self.head_dim = head_dim
         self.num_kv_heads = projections.sizes[1] // head_dim
+        if norms is not None:
+            self.q_norm, self.k_norm = norms
+        self.norms = norms
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
@@ -47,6 +59,10 @@ class RotaryAttention(nn.Module):
         step: AttentionStep = kwargs[STEP_ARGUMENT]
         joined = self._projections.side_by_side((self.q_proj, self.k_proj, self.v_proj), hidden_states)
         heads = joined.view(hidden_states.shape[1], -1, self.head_dim)  # [T, H + 2·Hkv, D]
+        if self.norms is not None:
+            parts = heads.split([heads.shape[1] - 2 * self.num_kv_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+            normed = [norm(part.contiguous()) for norm, part in zip((self.q_norm, self.k_norm), parts, strict=False)]
+            heads = torch.cat([*normed, parts[2]], dim=1)
         out = step.attend_joined(self.call, heads, self.num_kv_heads, position_embeddings)
         return self.o_proj(out.reshape(1, hidden_states.shape[1], -1)), None
 
@@ -121,6 +137,10 @@ def _equal_block(
     q_size, k_size, v_size = group.sizes
     if k_size != v_size or q_size % k_size or k_size % head_dim or embeddings[0].shape[-1] != head_dim:
         return None
+    norms = RmsNorm.like(getattr(module, "q_norm", None)), RmsNorm.like(getattr(module, "k_norm", None))
+    own = (norms[0], norms[1]) if norms[0] is not None and norms[1] is not None else None
+    if own is not None and not len(own[0].weight) == len(own[1].weight) == head_dim:
+        return None
     generator = torch.Generator(device=hidden.device).manual_seed(0)
     given: dict[str, Any] = {
         "hidden_states": torch.randn(hidden.shape, generator=generator, device=hidden.device).to(hidden.dtype)
@@ -133,7 +153,7 @@ def _equal_block(
         expected = module(**(kwargs | given | {STEP_ARGUMENT: theirs}))[0]
         if theirs.call is None or theirs.given is None or theirs.given.shape[-1] != head_dim:
             return None
-        block = RotaryAttention(group, module.o_proj, theirs.call, head_dim).eval()  # type: ignore[arg-type]
+        block = RotaryAttention(group, module.o_proj, theirs.call, head_dim, own).eval()  # type: ignore[arg-type]
         output = block(**(kwargs | given | {STEP_ARGUMENT: ours}))[0]
     assert ours.given is not None
     tolerance = TOLERANCE.get(hidden.dtype, 1e-5)
