@@ -65,6 +65,11 @@ class KernelGroup:
         """in_features, and the members' out_features."""
         return self._table.in_features, self._table.out_features
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of inputs, outputs and adapters."""
+        return self._slots[0].dtype
+
     def warm_up(self, base_bias: Tensor | None) -> None:
         """Launch every variant of the kernels, for nobody, so that serving compiles none.
 
@@ -72,7 +77,7 @@ class KernelGroup:
             base_bias: [ΣO] or None, as it will be given to `apply`.
         """
         features, sizes = self.shape
-        device, dtype = self._table.rows.device, self._slots[0].dtype
+        device, dtype = self._table.rows.device, self.dtype
         for tile_tokens, numbers in NUM_ENTRIES.items():
             x = torch.zeros(tile_tokens, features, dtype=dtype, device=device)
             y = torch.zeros(tile_tokens, sum(sizes), dtype=dtype, device=device)
@@ -92,7 +97,7 @@ class KernelGroup:
             x: [T, I].
             base_bias: [ΣO] or None.
         """
-        is_fit = x.dtype == y.dtype == self._slots[0].dtype and y.stride(-1) == 1
+        is_fit = x.dtype == y.dtype == self.dtype and y.stride(-1) == 1
         if isinstance(route, PlannedRoute):
             assert is_fit, "a planned route reaches a layer that computes in another dtype than its adapters"
             self._kernels.apply_plan(y, x, self._table, route.plan, base_bias, route.max_rank)

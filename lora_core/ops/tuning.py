@@ -239,6 +239,8 @@ class _TrialLayers:
 
     def tune(self, tuner: Tuner, num_entries: int, tile_tokens: int) -> Any:
         """The `LaunchConfigs` that are fastest with so many full tiles."""
+        from lora_core.ops import adapter_kernels  # noqa: PLC0415 - optional
+
         kernels, layers, rank = self._kernels, self._layers, self._rank
         device, num_tokens = layers.rows.device, num_entries * tile_tokens
         plan = RoutePlan(num_entries, num_entries, tile_tokens, device, num_tokens)
@@ -250,7 +252,7 @@ class _TrialLayers:
         y = torch.zeros(num_tokens, sum(layers.out_features), dtype=self._dtype, device=device)
         start = layers.launch_configs(plan, rank, x.element_size())
         shape = f"{layers.in_features} to {layers.out_features}, {self._dtype}"
-        key = f"{source_digest(kernels)} {shape}, rank {rank}, {num_entries} of {tile_tokens}"
+        key = f"{source_digest(adapter_kernels)} {shape}, rank {rank}, {num_entries} of {tile_tokens}"
         itemsize = x.element_size()
         shrink = tuner.best(
             f"shrink {key}",

@@ -70,7 +70,8 @@ class DeviceLayers:
     def can_hold(self, parts: LayerParts) -> bool:
         shape = self._shapes[parts.attention.call.layer]
         is_even = shape.key_dim == shape.value_dim == parts.attention.head_dim and not shape.key_dim % 2
-        return is_even and all(isinstance(group.adapters, KernelGroup) for group in parts.groups)
+        adapters = [group.adapters for group in parts.groups]
+        return is_even and all(isinstance(own, KernelGroup) and own.dtype == parts.dtype for own in adapters)
 
     def make(self, parts: Sequence[LayerParts]) -> DeviceStack:
         return DeviceStack(parts)
