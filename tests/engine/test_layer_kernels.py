@@ -20,14 +20,6 @@ CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2
 BLOCK = 4
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    value = random.SystemRandom().randrange(1 << 30)
-    print(f"seed {value}")
-    random.seed(value)
-    torch.manual_seed(value)
-
-
 def randn(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, device=DEVICE).to(dtype)
 

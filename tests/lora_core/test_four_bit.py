@@ -22,12 +22,8 @@ SMALL = FourBitConfig(block_t=8, block_o=16, units=2, num_warps=2, num_stages=2)
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def _quiet() -> None:
     quiet_bitsandbytes()
-    value = random.SystemRandom().randrange(1 << 30)
-    print(f"seed {value}")
-    random.seed(value)
-    torch.manual_seed(value)
 
 
 def quantized(num_outputs: int, num_inputs: int, quant_type: str) -> tuple[Any, ...]:
