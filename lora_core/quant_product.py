@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["FourBitWeight", "Int8Weight", "is_batch_dependent", "joined_weight", "quantized_form"]
 
+# Of products in half precision by two ways, relative.
+MAX_ERROR = 2e-2
+
 
 def quantized_form(layer: nn.Module) -> Hashable | None:
     """Layers of equal form can be one product; None for a layer that is not one of bitsandbytes'."""
@@ -105,19 +108,28 @@ class FourBitWeight:
             self._use_kernel(has_bias=cast(Any, layers[0]).bias is not None)
 
     def _use_kernel(self, *, has_bias: bool) -> None:
+        """Take our own kernel for few rows, if it gives what bitsandbytes gives; that compiles it, too."""
         from lora_core.ops import four_bit  # noqa: PLC0415 - Triton is optional
 
-        state, dtypes = self._state, [self._compute_dtype] if self._compute_dtype else four_bit.DTYPES
-        self._kernel = four_bit
-        self._pairs = {dtype: four_bit.pair_table(state.code, dtype) for dtype in dtypes}
-        one = torch.empty(1, state.shape[1], dtype=dtypes[0], device="meta")
-        if self._values.is_cuda and four_bit.can_multiply(one, state.shape[1], state.blocksize):
-            codes = self._values.view(torch.uint8).view(state.shape[0], -1)
+        dtypes = [self._compute_dtype] if self._compute_dtype else four_bit.DTYPES
+        self._pairs = {dtype: four_bit.pair_table(self._state.code, dtype) for dtype in dtypes}
+        num_outputs, num_inputs = self._state.shape
+        generator = torch.Generator(self._values.device).manual_seed(0)
+        for num_rows in four_bit.ROW_BLOCKS:
+            x = torch.randn(num_rows, num_inputs, generator=generator, device=self._values.device).to(dtypes[0])
+            if not four_bit.can_multiply(x, num_inputs, self._state.blocksize):
+                return
+            bias = x.new_ones(num_outputs) if has_bias else None
+            wanted = self(x, bias).float()  # bitsandbytes' yet
             try:
-                four_bit.warm_up(codes, state.absmax, self._pairs[dtypes[0]], has_bias=has_bias)
+                found = four_bit.four_bit_product(x, self._values, self._state.absmax, self._pairs[dtypes[0]], bias)
             except RuntimeError as error:  # another version of Triton may count shared memory in another way
                 logger.warning("products in 4 bits are bitsandbytes', as the kernel cannot be launched: %s", error)
-                self._kernel = None
+                return
+            if not float((found.float() - wanted).norm()) <= MAX_ERROR * float(wanted.norm()):
+                logger.warning("products in 4 bits are bitsandbytes', as the kernel gives other numbers")
+                return
+        self._kernel = four_bit
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., I], bias [ΣO] -> [..., ΣO]."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lora_core.ops.triton import is_interpreted
 
-__all__ = ["MAX_ROWS", "FourBitConfig", "can_multiply", "four_bit_product", "pair_table", "warm_up"]
+__all__ = ["DTYPES", "MAX_ROWS", "ROW_BLOCKS", "FourBitConfig", "can_multiply", "four_bit_product", "pair_table"]
 
 # Above, reading the weight is not what takes the time: dequantizing it and a product in floating point are faster.
 MAX_ROWS = 64
@@ -98,18 +98,6 @@ def pair_table(code: Tensor, dtype: torch.dtype) -> Tensor:
     numbers = code.to(dtype)
     byte = torch.arange(256, device=code.device)
     return torch.stack([numbers[byte >> 4], numbers[byte & 15]], dim=-1)
-
-
-def warm_up(codes: Tensor, absmax: Tensor, pairs: Tensor, *, has_bias: bool) -> None:
-    """Launch every variant that products with a weight may need, as Triton compiles one at its first launch.
-
-    Args:
-        codes, absmax, pairs: as for `four_bit_product`; codes are [O, I / 2] bytes.
-    """
-    num_outputs, num_bytes = codes.shape
-    bias = pairs.new_zeros(num_outputs) if has_bias else None
-    for num_rows in ROW_BLOCKS:
-        four_bit_product(pairs.new_zeros(num_rows, num_bytes * 2), codes, absmax, pairs, bias)
 
 
 def four_bit_product(

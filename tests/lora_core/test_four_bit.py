@@ -140,7 +140,8 @@ def test_layers_on_a_gpu_are_joined_and_multiplied_by_the_kernel(kind: str, call
     wrapped = {name: LoraLinear(part, router) for name, part in zip("qkv", layers, strict=True)}
     attach_slots(wrapped, 2, dtype=torch.bfloat16)
     (group,) = share_inputs(wrapped, [list("qkv")])
-    calls.clear()  # of the warm-up, where there is a GPU
+    assert calls[:3] == list(four_bit.ROW_BLOCKS)  # the trial of the joined weight
+    calls.clear()
     with torch.inference_mode():
         for shape in ((1, 1, 512), (2, 7, 512), (1, MAX_ROWS + 1, 512)):
             x = torch.randn(shape, device=DEVICE).bfloat16()
@@ -168,3 +169,21 @@ def test_nested_scales_are_dequantized_once(calls: list[int]) -> None:
     assert y.dtype == torch.float32
     assert_close(y.bfloat16(), x.bfloat16().double() @ torch.cat(weights).double().T, torch.bfloat16)
     assert calls == [3]
+
+
+@pytest.mark.parametrize("fault", ["other numbers", "no launch"])
+def test_a_kernel_that_does_not_do_it_is_not_used(
+    fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(x: torch.Tensor, codes: torch.Tensor, *_: Any) -> torch.Tensor:
+        if fault == "no launch":
+            raise RuntimeError("Triton Error [CUDA]: invalid argument")
+        return x.new_ones(len(x), codes.numel() * 2 // x.shape[1])
+
+    monkeypatch.setattr(quant_product, "_is_for_gpu", lambda _: True)
+    monkeypatch.setattr(four_bit, "four_bit_product", broken)
+    own = layer(32, "nf4", has_bias=False)
+    weight, joined = dequantized_weight(own), joined_weight([own])
+    assert "bitsandbytes'" in caplog.text
+    x = torch.randn(3, 512, device=DEVICE).bfloat16()
+    assert_close(joined(x), x.double() @ weight.double().T, torch.bfloat16)
