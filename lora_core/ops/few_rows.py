@@ -36,8 +36,9 @@ def can_multiply(weight: Tensor) -> bool:
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [T, I] of at most `MAX_ROWS` rows, contiguous along them, weight [O, I], bias [O] or None -> [T, O]."""
+    """x [T, I] of at most `MAX_ROWS` rows, weight [O, I], bias [O] or None -> [T, O]."""
     num_rows, num_outputs = len(x), len(weight)
+    x = x if x.stride(-1) == 1 else x.contiguous()
     y = x.new_empty(num_rows, num_outputs)
     own: dict[str, Any] = {"HAS_BIAS": bias is not None}
     added = weight if bias is None else bias

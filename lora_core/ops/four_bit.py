@@ -57,23 +57,17 @@ class FourBitConfig:
 
     @classmethod
     def default(cls, num_rows: int, num_outputs: int, itemsize: int = 2) -> "FourBitConfig":
-        """What was fastest on an H200, for weights with many outputs and with few."""
+        """What was fastest on an H200, for weights with many outputs and with few.
+
+        Triton does not count the table, and asks for more than 48 KiB of shared memory only where it counts as much:
+        it must count at most 16 KiB, or more than 48.
+        """
         if itemsize > 2:
             return cls(8, 32, 4, 4, 1)
         block_t = next((block for block in ROW_BLOCKS if block >= num_rows), ROW_BLOCKS[-1])
         if num_outputs >= MANY_OUTPUTS:
             return cls(block_t, 64, 4, 4, {8: 5, 16: 4, 32: 3}[block_t])
         return {8: cls(8, 32, 8, 4, 4), 16: cls(16, 32, 8, 4, 3), 32: cls(32, 32, 4, 4, 4)}[block_t]
-
-    @property
-    def shared_bytes(self) -> int:
-        """What a program takes at most, inputs in half precision.
-
-        Triton counts all but the table, and asks for more than 48 KiB only where it counts as much: beside the table
-        there must be at most 16 KiB, or more than 48.
-        """
-        part = self.units * (self.block_o * (32 + 4) + 64 * self.block_t * 2)
-        return TABLE_BYTES + max((self.num_stages - 1) * part, self.units * self.block_o * self.block_t * 4)
 
 
 def can_multiply(x: Tensor, num_inputs: int, blocksize: int) -> bool:
@@ -186,35 +180,23 @@ mov.u32 $0, 0;
 bar.sync 0;
 }
 """)
+LOOK_UP = """
+{
+.reg .b32 place, lane;
+mov.u32 lane, %laneid;
+mov.u32 place, lora_core_pairs;
+mad.lo.u32 lane, lane, 4, place;
+bfe.u32 place, $2, FIRST, 8;
+mad.lo.u32 place, place, 128, lane;
+ld.shared.b32 $0, [place];
+bfe.u32 place, $2, SECOND, 8;
+mad.lo.u32 place, place, 128, lane;
+ld.shared.b32 $1, [place];
+}
+"""
 # Of four bytes in a register, the pairs of the first two, and of the others.
-LOOK_UP_FIRST = tl.constexpr("""
-{
-.reg .b32 place, lane;
-mov.u32 lane, %laneid;
-mov.u32 place, lora_core_pairs;
-mad.lo.u32 lane, lane, 4, place;
-bfe.u32 place, $2, 0, 8;
-mad.lo.u32 place, place, 128, lane;
-ld.shared.b32 $0, [place];
-bfe.u32 place, $2, 8, 8;
-mad.lo.u32 place, place, 128, lane;
-ld.shared.b32 $1, [place];
-}
-""")
-LOOK_UP_LAST = tl.constexpr("""
-{
-.reg .b32 place, lane;
-mov.u32 lane, %laneid;
-mov.u32 place, lora_core_pairs;
-mad.lo.u32 lane, lane, 4, place;
-bfe.u32 place, $2, 16, 8;
-mad.lo.u32 place, place, 128, lane;
-ld.shared.b32 $0, [place];
-bfe.u32 place, $2, 24, 8;
-mad.lo.u32 place, place, 128, lane;
-ld.shared.b32 $1, [place];
-}
-""")
+LOOK_UP_FIRST = tl.constexpr(LOOK_UP.replace("FIRST", "0").replace("SECOND", "8"))
+LOOK_UP_LAST = tl.constexpr(LOOK_UP.replace("FIRST", "16").replace("SECOND", "24"))
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -117,12 +117,12 @@ class KernelGroup:
             x: [T, I] of the adapters' dtype, with few tokens (`MANY_TOKENS`).
         """
         if isinstance(route, PlannedRoute):
-            is_base, plan, rank = route.is_base, route.plan, route.max_rank
+            plan, rank = route.plan, route.max_rank
+        elif route.is_base or (highest := self._highest_rank(route)) is None:
+            return None
         else:
-            highest = None if route.is_base else self._highest_rank(route)
-            is_base, rank = highest is None, highest or 0
-            plan = None if is_base else self._plan(route, x)  # type: ignore[assignment]
-        return None if is_base else self._kernels.delta_of_plan(x, self._table, plan, rank)
+            plan, rank = self._plan(route, x), highest
+        return self._kernels.delta_of_plan(x, self._table, plan, rank) if plan.num_entries else None
 
     def beside(self, x: Tensor, route: Route, multiply: Callable[[Tensor], Tensor]) -> "tuple[Tensor, Delta | None]":
         """`multiply(x)` and `delta(x, route)`: side by side, on streams of their own, in a recorded step."""
