@@ -76,7 +76,7 @@ def test_what_belongs_to_others_is_like_what_nobody_has(guarded: Guarded, call: 
 def test_whatever_name_others_have_tells_nothing(guarded: Guarded, data: st.DataObject) -> None:
     """b has a name for a while: every answer to a is what it was without, and what it is for any other name."""
     letters = st.text("abcxyzABC019._-", min_size=1, max_size=30)
-    theirs, nobodys = data.draw(letters.map("t".__add__)), data.draw(letters.map("n".__add__))
+    theirs, nobodys = data.draw(letters.map("q7t".__add__)), data.draw(letters.map("q7n".__add__))
     labels = data.draw(st.lists(st.sampled_from(sorted(CALLS)), min_size=3, max_size=6, unique=True))
     form = data.draw(st.sampled_from(["{}", "{}@1", "b~{}", "b~{}@1"]))
     with guarded.client("a") as a, guarded.client("b") as b:
@@ -215,7 +215,7 @@ def test_a_tenants_weight_is_its_share_of_the_engine(guarded: Guarded) -> None:
             assert client.post("/generate", json={"inputs": "Hello", "parameters": parameters}).status_code == 200
         ended.append(key)
 
-    threads = [threading.Thread(target=ask, args=[key]) for key in ["light"] * 32 + ["heavy"] * 32]
+    threads = [threading.Thread(target=ask, args=[key]) for key in ["light", "heavy"] * 32]
     for thread in threads:
         thread.start()
     for thread in threads:
