@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -33,13 +34,15 @@ __all__ = ["DTYPES", "PROCESSORS", "build", "library", "library_name", "processo
 SOURCES = Path(__file__).parent
 # Dtypes that there are libraries for, and what makes a source serve one.
 DTYPES = {torch.bfloat16: "-DBFLOAT16", torch.float32: "-DFLOAT32"}
-FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared"]
+FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC"]
 # By what PyTorch says of the processor.
 PROCESSORS = {"AVX2": "x86-64-v3", "AVX512": "x86-64-v4"}
 # Of the functions: p for an address, i for a number, f for a fraction; their result is not 0 if memory was lacking.
 SIGNATURES = {
     "panel_width": "",
-    "linear": "pipppiii",
+    "group_size": "",
+    "pack": "ppppii",
+    "linear": "pippppiii",
     "linear_int4": "pippppiii",
     "lora": "pipiippip",
     "attend": "pp",
@@ -96,12 +99,19 @@ def build(dtype: torch.dtype, kind: str, path: Path, *flags: str) -> None:
     compiler = shutil.which("gcc")
     if compiler is None:
         raise FileNotFoundError("gcc is not installed")
-    sources = [str(source) for source in sorted(SOURCES.glob("*.c"))]
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        command = [compiler, *FLAGS, *flags, DTYPES[dtype], f"-march={kind}", "-o", str(made), *sources, "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603 - only paths of this package
-        made.replace(path)
+        made = {source: Path(folder) / f"{source.stem}.o" for source in SOURCES.glob("*.c")}
+        command = [compiler, *FLAGS, *flags, DTYPES[dtype], f"-march={kind}", "-o"]
+
+        def run(output: Path, *arguments: object) -> None:
+            whole = [*command, str(output), *map(str, arguments)]
+            subprocess.run(whole, check=True, capture_output=True, text=True)  # noqa: S603 - only paths of this package
+
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(lambda source: run(made[source], "-c", source), made))
+        library_ = Path(folder) / path.name
+        run(library_, "-shared", *made.values(), "-lm")
+        library_.replace(path)
 
 
 def _load(name: str, make: Callable[[Path], None]) -> ctypes.CDLL:

@@ -2,17 +2,19 @@
 //
 // A unit of work is a key head and some rows, a row being one query head of one token. Keys are taken in chunks of whole
 // blocks, so that a row's sums have one order, whether its token is one of a prompt or decodes. In a block keys lie
-// transposed, [dim, block_size]: scores of neighbouring keys are neighbours in a vector.
+// transposed, [dim, block_size]: scores of neighbouring keys are neighbours in a vector. Of a unit of many rows each block's
+// numbers become floats once.
 #include "functions.h"
 #include "product.h"
 #include <math.h>
 #include <stdlib.h>
 
-#define ROWS 15     // of a unit: whole tiles
-#define KEY_TILE 5  // rows whose sums for two vectors of keys fit the registers
-#define MIN_CHUNK 32 // keys
+#define ROWS 30       // of a unit: whole tiles
+#define TILE 5        // rows whose sums for two vectors of columns fit the registers
+#define MIN_CHUNK 128 // keys
 #define MIN_WORK 20000
 #define PADDED(n) (((n) + VL - 1) / VL * VL)
+#define WHOLE(n) (((n) + PANEL - 1) / PANEL * PANEL)
 
 // x·cos + rotate_half(x)·sin, times a factor; out has dim floats.
 INLINE void rotated(const Attention *a, const Step *s, const T *x, int64_t token, float factor, float *out) {
@@ -44,35 +46,31 @@ static void write_token(const Attention *a, const Step *s, int64_t token) {
     }
 }
 
-// Some rows x all columns; `parts` vectors of them at a time.
-INLINE void products(int rows, int parts, int is_sum, const float *x, int64_t ldx, const T *numbers, int64_t ld,
-                     int64_t size, const T *next, float *out, int64_t ldo) {
-    int64_t c = 0;
+// Some rows x all columns, `ld` of them; `parts` vectors of them at a time.
+INLINE void products(int is_float, int rows, int parts, int is_sum, const float *x, int64_t ldx, const void *numbers,
+                     int64_t ld, int64_t size, const T *next, float *out, int64_t ldo) {
+    int64_t c = 0, bytes = is_float ? sizeof(float) : sizeof(T);
     for (; c + parts * VL <= ld; c += parts * VL)
-        product(rows, parts, VL, is_sum, x, ldx, numbers + c, ld, size, next ? next + c : 0, out + c, ldo);
+        product_of(is_float, rows, parts, VL, is_sum, x, ldx, (const char *)numbers + c * bytes, ld, size,
+                   next ? next + c : 0, out + c, ldo);
     for (; c + VL <= ld; c += VL)
-        product(rows, 1, VL, is_sum, x, ldx, numbers + c, ld, size, next ? next + c : 0, out + c, ldo);
+        product_of(is_float, rows, 1, VL, is_sum, x, ldx, (const char *)numbers + c * bytes, ld, size,
+                   next ? next + c : 0, out + c, ldo);
     if (c < ld)
-        product(rows, 1, ld - c, is_sum, x, ldx, numbers + c, ld, size, 0, out + c, ldo);
+        product_of(is_float, rows, 1, ld - c, is_sum, x, ldx, (const char *)numbers + c * bytes, ld, size, 0, out + c,
+                   ldo);
 }
 
 #define CASE(rows)                                                                                                     \
     case rows:                                                                                                         \
-        products(rows, 2, 0, q, dim, keys, B, dim, next, scores, ldo);                                                 \
+        products(0, rows, 2, 0, q, dim, keys, B, dim, next, scores, ldo);                                              \
         break;
 
 // scores [rows, B] = q [rows, dim] · keys [dim, B].
 static void score(int64_t rows, const float *q, int64_t dim, const T *keys, int64_t B, const T *next, float *scores,
                   int64_t ldo) {
-    for (int64_t left = rows; left > 0; left -= KEY_TILE, q += KEY_TILE * dim, scores += KEY_TILE * ldo, next = 0)
-        switch (left) {
-            CASE(1)
-            CASE(2)
-            CASE(3)
-            CASE(4)
-            default:
-                products(KEY_TILE, 2, 0, q, dim, keys, B, dim, next, scores, ldo);
-        }
+    for (; rows > 0; rows -= TILE, q += TILE * dim, scores += TILE * ldo, next = 0)
+        switch (rows < TILE ? rows : TILE) { FOR_5_ROWS(CASE) }
 }
 #undef CASE
 
@@ -81,12 +79,40 @@ static void add(int64_t rows, const float *weights, int64_t ldw, const T *values
                 float *out, int64_t ldo) {
     for (int64_t left = rows; left > 0; left -= 3, weights += 3 * ldw, out += 3 * ldo, next = 0)
         if (left == 1)
-            products(1, 4, 1, weights, ldw, values, dim, n, next, out, ldo);
+            products(0, 1, 4, 1, weights, ldw, values, dim, n, next, out, ldo);
         else if (left == 2)
-            products(2, 4, 1, weights, ldw, values, dim, n, next, out, ldo);
+            products(0, 2, 4, 1, weights, ldw, values, dim, n, next, out, ldo);
         else
-            products(3, 4, 1, weights, ldw, values, dim, n, next, out, ldo);
+            products(0, 3, 4, 1, weights, ldw, values, dim, n, next, out, ldo);
 }
+
+// n rows of `size` numbers as floats, in panels of `ld` rows that zeros fill up.
+static void widen_rows(const T *numbers, int64_t n, int64_t size, float *out, int64_t ld) {
+    for (int64_t c = 0; c < size; c += PANEL, out += ld * PANEL)
+        for (int64_t r = 0; r < n; r++)
+            for (int half = 0; half < 2; half++) {
+                int64_t left = size - c - half * VL;
+                const T *own = numbers + r * size + c + half * VL;
+                vec v = left >= VL ? load(own) : left > 0 ? load_part(own, left) : all(0);
+                store_float(out + r * PANEL + half * VL, v);
+            }
+}
+
+#define CASE(rows)                                                                                                     \
+    case rows:                                                                                                         \
+        product_of(1, rows, 2, VL, is_sum, x + r * ldx, ldx, own, PANEL, size, 0, out + r * ldo + c, ldo);             \
+        break;
+
+// out [rows, columns] (+)= x [rows, size] · panels of `ld` rows, of which there are `size`.
+INLINE void product_of_panels(int is_sum, int64_t rows, const float *x, int64_t ldx, const float *panels, int64_t ld,
+                              int64_t columns, int64_t size, float *out, int64_t ldo) {
+    for (int64_t c = 0; c < columns; c += PANEL) {
+        const float *own = panels + c * ld;
+        for (int64_t r = 0; r < rows; r += TILE)
+            switch (rows - r < TILE ? rows - r : TILE) { FOR_5_ROWS(CASE) }
+    }
+}
+#undef CASE
 
 // Scores [size] of a row become weights; keys outside [oldest, newest], counted from the first, have none. Returns the
 // factor for what was added up before.
@@ -96,14 +122,16 @@ static float soften(float softcap, float *scores, int64_t size, int64_t oldest, 
     ivec is_bad = {0}, place;
     for (int i = 0; i < VL; i++)
         place[i] = i;
+    for (int64_t j = 0; softcap != 0 && j < size; j++)
+        scores[j] = softcap * tanhf(scores[j] / softcap);
     for (int64_t j = 0; j < size; j += VL, place += VL) {
-        if (softcap != 0)
-            for (int i = 0; i < VL; i++)
-                scores[j + i] = softcap * tanhf(scores[j + i] / softcap);
-        vec s = pick((place < (int32_t)oldest) | (place > (int32_t)newest), all(-INFINITY), load_float(scores + j));
-        is_bad |= (s != s) | (s == INFINITY);
+        vec s = load_float(scores + j);
+        if (j < oldest || j + VL > newest + 1) {
+            s = pick((place < (int32_t)oldest) | (place > (int32_t)newest), all(-INFINITY), s);
+            store_float(scores + j, s);
+        }
+        is_bad |= ~(s < INFINITY);
         highest_scores = larger(s, highest_scores);
-        store_float(scores + j, s);
     }
     for (int i = 0; i < VL; i++)
         if (is_bad[i])
@@ -127,10 +155,12 @@ static float soften(float softcap, float *scores, int64_t size, int64_t oldest, 
 // Rows [first, first + rows) of a sequence for one key head; row r is query head r % group of new token r / group.
 static void unit(const Attention *a, const Step *s, int64_t sequence, int64_t kv_head, int64_t first, int64_t rows) {
     const int32_t *own = s->sequences + 3 * sequence, *table = s->table + sequence * s->table_width;
-    int64_t group = a->num_heads / a->num_kv_heads, B = a->block_size, value_size = PADDED(a->value_dim);
+    int64_t group = a->num_heads / a->num_kv_heads, B = a->block_size, value_size = WHOLE(a->value_dim);
     int64_t before = own[2] - own[1]; // tokens of the sequence before the new ones
-    int64_t blocks = (MIN_CHUNK + B - 1) / B, chunk = PADDED(blocks * B) + VL;
+    int64_t blocks = (MIN_CHUNK + B - 1) / B, chunk = PADDED(blocks * B) + PANEL;
     float q[ROWS * a->dim], out[ROWS * value_size], scores[ROWS * chunk], peaks[ROWS], totals[ROWS];
+    int64_t is_wide = rows > TILE, key_room = a->dim * WHOLE(B), value_room = blocks * B * value_size;
+    float numbers[!is_wide ? 1 : key_room > value_room ? key_room : value_room]; // a block's keys, or a chunk's values
     const T *key_pool = a->keys + kv_head * a->keys_head, *value_pool = a->values + kv_head * a->values_head;
     memset(out, 0, sizeof out);
     for (int64_t r = 0; r < rows; r++) {
@@ -151,7 +181,12 @@ static void unit(const Attention *a, const Step *s, int64_t sequence, int64_t kv
         int64_t n = stop - block < blocks ? stop - block : blocks, keys = n * B;
         for (int64_t b = block; b < block + n; b++) {
             const T *next = b + 1 < stop ? key_pool + table[b + 1] * B * a->dim : 0;
-            score(rows, q, a->dim, key_pool + table[b] * B * a->dim, B, next, scores + (b - block) * B, chunk);
+            const T *own = key_pool + table[b] * B * a->dim;
+            if (is_wide) {
+                widen_rows(own, a->dim, B, numbers, a->dim);
+                product_of_panels(0, rows, q, a->dim, numbers, a->dim, B, a->dim, scores + (b - block) * B, chunk);
+            } else
+                score(rows, q, a->dim, own, B, next, scores + (b - block) * B, chunk);
         }
         for (int64_t r = 0; r < rows; r++) {
             int64_t position = before + (first + r) / group - block * B;
@@ -161,13 +196,19 @@ static void unit(const Attention *a, const Step *s, int64_t sequence, int64_t kv
             for (int64_t i = 0; factor != 1 && i < value_size; i += VL)
                 store_float(out + r * value_size + i, load_float(out + r * value_size + i) * factor);
         }
-        for (int64_t b = block; b < block + n; b++) {
+        // What lies behind the newest key is nobody's yet, and is not read.
+        int64_t known = newest - block * B + 1 < keys ? newest - block * B + 1 : keys;
+        for (int64_t k = 0; k < known; k += B) {
+            int64_t b = block + k / B, size = known - k < B ? known - k : B;
+            const T *own = value_pool + table[b] * B * a->value_dim;
             const T *next = b + 1 < stop ? value_pool + table[b + 1] * B * a->value_dim : 0;
-            // What lies behind the newest key is nobody's yet, and is not read.
-            int64_t known = newest - b * B + 1 < B ? newest - b * B + 1 : B;
-            add(rows, scores + (b - block) * B, chunk, value_pool + table[b] * B * a->value_dim, a->value_dim, known,
-                next, out, value_size);
+            if (is_wide)
+                widen_rows(own, size, a->value_dim, numbers + k * PANEL, known);
+            else
+                add(rows, scores + k, chunk, own, a->value_dim, size, next, out, value_size);
         }
+        if (is_wide)
+            product_of_panels(1, rows, scores, chunk, numbers, known, value_size, known, out, value_size);
     }
     for (int64_t r = 0; r < rows; r++) {
         int64_t token = own[0] + (first + r) / group, head = kv_head * group + (first + r) % group;

@@ -7,7 +7,8 @@
 #include <time.h>
 
 typedef struct {
-    const void *weight; // panels, or codes if there are scales; null: the caller multiplies
+    Product *multiply; // null: the caller multiplies
+    const void *weight;
     const T *scales, *bias;
     int64_t num_in, num_out;
     const Layer *layers;
@@ -78,11 +79,7 @@ static int prepare(const Decoder *d, int part, const Pass *pass) {
 
 static int multiply(const Projection *p, const Pass *pass) {
     double start = now(pass);
-    int failed;
-    if (p->scales)
-        failed = linear_int4(p->x, p->num_in, p->weight, p->scales, p->bias, p->y, pass->rows, p->num_in, p->num_out);
-    else
-        failed = linear(p->x, p->num_in, p->weight, p->bias, p->y, pass->rows, p->num_in, p->num_out);
+    int failed = p->multiply(p->x, p->num_in, p->weight, p->scales, p->bias, p->y, pass->rows, p->num_in, p->num_out);
     if (pass->seconds)
         pass->seconds->products += now(pass) - start;
     return failed;
@@ -108,7 +105,7 @@ int decoder_layers(const Decoder *layers, int64_t num_layers, const Pass *pass, 
         if (!is_multiplied) {
             if (prepare(d, part, pass))
                 return -1;
-            if (!p->weight)
+            if (!p->multiply)
                 return product;
             if (multiply(p, pass))
                 return -1;

@@ -49,9 +49,9 @@ typedef struct {
 } Attention;
 
 // Each returns 0, or something else if there is no memory.
-int linear(const T *x, int64_t ldx, const T *w, const T *bias, T *y, int64_t M, int64_t I, int64_t O);
-int linear_int4(const T *x, int64_t ldx, const uint8_t *codes, const T *scales, const T *bias, T *y, int64_t M,
-                int64_t I, int64_t O);
+typedef int Product(const T *x, int64_t ldx, const void *weight, const T *scales, const T *bias, T *y, int64_t M,
+                    int64_t I, int64_t O);
+Product linear, linear_int4;
 int lora(T *y, int64_t ldy, const T *x, int64_t ldx, int64_t I, const T *base_bias, const Layer *layers,
          int64_t num_layers, const Plan *plan);
 int attend(const Attention *a, const Step *s);

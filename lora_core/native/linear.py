@@ -15,6 +15,10 @@ __all__ = ["NativeInt4Weight", "NativeWeight"]
 class NativeWeight:
     """y = x·Wᵀ + b for one W [O, I] and any number of rows; a row's result does not depend on the others.
 
+    In bfloat16 it is multiplied in whole numbers (`tile_bf16.h`): 32 numbers along the input become multiples of one
+    power of two, the largest of 13 bits, and are exact unless they are less than 1/32 of the largest. What these were
+    is kept beside them.
+
     Args:
         weight: [O, I], copied; see `can_hold`.
     """
@@ -22,11 +26,19 @@ class NativeWeight:
     def __init__(self, weight: Tensor) -> None:
         library_ = _library(weight.dtype)
         self.out_features, self.in_features = weight.shape
-        self._linear = library_.linear
-        self._is_interleaved = weight.dtype == torch.bfloat16
-        panels = _panels(weight, library_).unflatten(1, (2, -1))  # [P, 2, W / 2, I]
-        order = (0, 3, 2, 1) if self._is_interleaved else (0, 3, 1, 2)
-        self._panels = panels.permute(order).contiguous().flatten(2)  # [P, I, W]
+        self._linear, self._dtype = library_.linear, weight.dtype
+        width, size = int(library_.panel_width()), int(library_.group_size())
+        num_panels, num_groups = (-(-n // m) for n, m in zip(weight.shape, (width, size), strict=True))
+        has_worth = weight.dtype == torch.bfloat16
+        unit, per_unit = (torch.int16, 2) if has_worth else (torch.float32, 1)
+        self._units = torch.zeros(num_panels, num_groups, size // per_unit, width, per_unit, dtype=unit)
+        self._worth = weight.new_zeros(num_panels, num_groups, width) if has_worth else None
+        weight, is_rounded = weight.contiguous(), torch.empty(weight.shape, dtype=torch.bool)
+        library_.pack(weight.data_ptr(), *self.addresses[1:], is_rounded.data_ptr(), *weight.shape)
+        self._places = is_rounded.view(-1).nonzero()[:, 0]
+        self._originals = weight.view(-1)[self._places]
+        if weight.numel() <= torch.iinfo(torch.int32).max:
+            self._places = self._places.int()
 
     @staticmethod
     def can_hold(dtype: torch.dtype) -> bool:
@@ -34,19 +46,21 @@ class NativeWeight:
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., I] of the weight's dtype, bias [O] -> [..., O]."""
-        return _multiply(self._linear, x, (self._panels,), bias, self.out_features)
+        return _multiply(self._linear, x, self._dtype, (self._units, self._worth), bias, self.out_features)
 
     @property
-    def addresses(self) -> tuple[int, None]:
-        """Where the panels lie; there are no scales."""
-        return self._panels.data_ptr(), None
+    def addresses(self) -> tuple[int, int, int | None]:
+        """Where the product, the units and what one is worth are."""
+        return _address(self._linear), self._units.data_ptr(), None if self._worth is None else self._worth.data_ptr()
 
     def unpack(self) -> Tensor:
         """[O, I], bit for bit: a copy."""
-        panels = self._panels.transpose(1, 2)
-        if self._is_interleaved:
-            panels = panels.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
-        return panels.flatten(0, 1)[: self.out_features].contiguous()
+        numbers = self._units.transpose(2, 3).flatten(3)  # [P, G, W, GROUP]
+        if self._worth is not None:
+            numbers = (numbers * self._worth.float()[..., None]).to(self._dtype)
+        weight = numbers.transpose(1, 2).flatten(0, 1).flatten(1)[: self.out_features, : self.in_features].contiguous()
+        weight.view(-1)[self._places] = self._originals
+        return weight
 
 
 class NativeInt4Weight:
@@ -71,12 +85,12 @@ class NativeInt4Weight:
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., I], bias [O] -> [..., O]."""
-        return _multiply(self._linear, x, (self._codes, self._scales), bias, self.out_features)
+        return _multiply(self._linear, x, self._scales.dtype, (self._codes, self._scales), bias, self.out_features)
 
     @property
-    def addresses(self) -> tuple[int, int]:
-        """Where codes and scales lie."""
-        return self._codes.data_ptr(), self._scales.data_ptr()
+    def addresses(self) -> tuple[int, int, int]:
+        """Where the product, codes and scales are."""
+        return _address(self._linear), self._codes.data_ptr(), self._scales.data_ptr()
 
     def unpack(self) -> Tensor:
         """[O, I]: a copy, rounded to the scales' dtype."""
@@ -100,18 +114,27 @@ def _panels(weight: Tensor, library_: ctypes.CDLL) -> Tensor:
     return (F.pad(weight, (0, 0, 0, missing)) if missing else weight).unflatten(0, (-1, width))
 
 
+def _address(function: Callable[..., int]) -> int:
+    address = ctypes.cast(function, ctypes.c_void_p).value  # type: ignore[arg-type]
+    assert address is not None
+    return address
+
+
 def _multiply(
-    function: Callable[..., int], x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, num_out: int
+    function: Callable[..., int],
+    x: Tensor,
+    dtype: torch.dtype,
+    weights: Sequence[Tensor | None],
+    bias: Tensor | None,
+    num_out: int,
 ) -> Tensor:
-    """x [..., I] times what `weights` hold -> [..., num_out], in the dtype of the last of them."""
-    dtype = weights[-1].dtype
+    """x [..., I] times what `weights` hold -> [..., num_out], in `dtype`."""
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1 or x.dtype != dtype:
         rows = rows.to(dtype).contiguous()
     bias = None if bias is None else bias.to(dtype).contiguous()
     y = rows.new_empty(*x.shape[:-1], num_out)
-    places = [weight.data_ptr() for weight in weights]
-    end = None if bias is None else bias.data_ptr(), y.data_ptr(), len(rows), x.shape[-1], num_out
-    if function(rows.data_ptr(), rows.stride(0), *places, *end):
+    places = [None if part is None else part.data_ptr() for part in (*weights, bias, y)]
+    if function(rows.data_ptr(), rows.stride(0), *places, len(rows), x.shape[-1], num_out):
         raise MemoryError(f"no memory for a product of {len(rows)} rows")
     return y

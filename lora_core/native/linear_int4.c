@@ -142,7 +142,7 @@ static void panel(int64_t rows, const Rounded *x, const uint8_t *w, const T *sca
 }
 
 // x [M, I] with rows `ldx` apart and I a multiple of GROUP, bias [O] or null, y [M, O]. Not 0 if there is no memory.
-int linear_int4(const T *x, int64_t ldx, const uint8_t *w, const T *scales, const T *bias, T *y, int64_t M, int64_t I,
+int linear_int4(const T *x, int64_t ldx, const void *w, const T *scales, const T *bias, T *y, int64_t M, int64_t I,
                 int64_t O) {
     static __thread Scratch scratch;
     int64_t G = I / GROUP, P = (O + PANEL - 1) / PANEL;
@@ -158,7 +158,7 @@ int linear_int4(const T *x, int64_t ldx, const uint8_t *w, const T *scales, cons
             round_row(x + (start + r) * ldx, I, own.numbers + r * I, own.worth + r * G, own.sums + r * G);
 #pragma omp for schedule(static)
         for (int64_t p = 0; p < P; p++)
-            panel(rows, &own, w + p * I / 2 * PANEL, scales + p * G * 2 * PANEL, bias, y + start * O, I, O, p * PANEL);
+            panel(rows, &own, (const uint8_t *)w + p * I / 2 * PANEL, scales + p * G * 2 * PANEL, bias, y + start * O, I, O, p * PANEL);
     }
     return 0;
 }

@@ -226,6 +226,8 @@ static void expand_many(int64_t rows, const Tile *t, int64_t column, int64_t sto
     float sums[CHUNK_ROWS * LINE_COLUMNS], wide[MAX_RANKS * LINE_COLUMNS];
     for (int64_t c = column; c < stop; c += LINE_COLUMNS) {
         int64_t size = stop - c < LINE_COLUMNS ? stop - c : LINE_COLUMNS;
+        for (int64_t i = 0; i < rows; i++)
+            __builtin_prefetch(t->y + plan->rows[t->first + i] * t->ldy + t->layer->column + c, 1);
         memset(sums, 0, rows * LINE_COLUMNS * sizeof(float));
         for (int32_t e = plan->groups[2 * t->group + 1]; e < plan->groups[2 * t->group + 3]; e++) {
             const Extent *own = t->extents + plan->entries[e];

@@ -36,7 +36,7 @@ class _Projection(ctypes.Structure):
     """As in decoder.c; the tensors are held by whoever fills it."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "scales", "bias")),
+        *((name, ctypes.c_void_p) for name in ("multiply", "weight", "scales", "bias")),
         *((name, ctypes.c_int64) for name in ("num_in", "num_out")),
         ("layers", ctypes.c_void_p),
         ("num_layers", ctypes.c_int64),
@@ -100,7 +100,7 @@ class DecoderStack(Places):
                 layer.head_epsilons[:] = [norm.eps for norm in part.attention.norms]
         for product, group, adapters in zip(self._products, self._groups, self._adapters, strict=True):
             if group.native is not None:
-                product.weight, product.scales = group.native.addresses
+                product.multiply, product.weight, product.scales = group.native.addresses
             product.bias = None if group.bias is None else group.bias.data_ptr()
             product.num_in, product.num_out = group.members[0].in_features, sum(group.sizes)
             product.layers, product.num_layers = ctypes.addressof(adapters.layers), len(adapters.layers)

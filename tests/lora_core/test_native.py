@@ -47,6 +47,47 @@ def test_products_for_all_numbers_of_rows(dtype: torch.dtype) -> None:
             torch.testing.assert_close(own(x, given).double(), expected, **CLOSE[dtype])
 
 
+def _in_whole_numbers(numbers: torch.Tensor) -> torch.Tensor:
+    """[.., I] as tile_bf16.h says: groups of 32 are multiples of the power of two that makes the largest of 13 bits."""
+    groups = F.pad(numbers.double(), (0, -numbers.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    step = torch.exp2(groups.abs().amax(-1, keepdim=True).log2().floor() - 12).clamp(min=2.0**-126)
+    return ((groups / step).round() * step).flatten(-2)[..., : numbers.shape[-1]]
+
+
+def _with_outliers(*shape: int) -> torch.Tensor:
+    """Numbers of very different sizes."""
+    return (torch.randn(shape) * torch.exp2(10 * torch.randn(shape))).bfloat16()
+
+
+@pytest.mark.usefixtures("c_only")
+def test_bfloat16_is_multiplied_in_whole_numbers_of_13_bits() -> None:
+    for size in (1, 31, 32, 200):
+        weight, x = _with_outliers(40, size), _with_outliers(7, size)
+        x[3] = 0
+        own = NativeWeight(weight)
+        assert torch.equal(own.unpack().view(torch.int16), weight.view(torch.int16))
+        rounded_x, rounded = _in_whole_numbers(x), _in_whole_numbers(weight)
+        # Sums of groups are exact: what is left is adding them up in float32, and the result's own rounding.
+        sums = rounded_x.abs() @ rounded.abs().T
+        expected = rounded_x @ rounded.T
+        assert ((own(x).double() - expected).abs() <= expected.abs() * 2.0**-8 + sums * 2.0**-22).all()
+        # Rounding costs little beside what makes up a group.
+        exact = x.double() @ weight.double().T
+        norms = [F.pad(part.double(), (0, -size % 32)).unflatten(-1, (-1, 32)).norm(dim=-1) for part in (x, weight)]
+        assert ((expected - exact).abs() <= 2.0**-9 * norms[0] @ norms[1].T).all()
+
+
+@pytest.mark.usefixtures("c_only")
+def test_very_small_and_very_large_numbers() -> None:
+    tiny, huge, least = 2.0**-60, 2.0**62, 2.0**-130
+    weight = torch.tensor([[1.0, 0.0], [0.0, huge], [tiny, 0.0], [-0.0, least]]).bfloat16()
+    own = NativeWeight(weight)
+    assert torch.equal(own.unpack().view(torch.int16), weight.view(torch.int16))
+    x = torch.tensor([[2.0, 1.0], [huge, 0.0], [tiny, 1.0]]).bfloat16()
+    expected = torch.tensor([[2.0, huge, 2 * tiny, 0.0], [huge, 0.0, 4.0, 0.0], [0.0, huge, 0.0, 0.0]])
+    assert torch.equal(own(x).float(), expected)
+
+
 @DTYPES
 @pytest.mark.usefixtures("c_only")
 def test_a_rows_product_does_not_depend_on_the_other_rows(dtype: torch.dtype) -> None:

@@ -1,0 +1,35 @@
+// What `linear.c` multiplies by in float32.
+#pragma once
+#include "vector.h"
+
+typedef float Unit;
+#define GROUP 16 // numbers along the input that are fetched for at once; no more than that
+#define ROWS MAX_TILE
+#define FOR_ROWS FOR_TILE_ROWS
+
+// n <= GROUP numbers, `ld` apart, filled up with zeros; one is worth 1.
+INLINE float spread(const T *x, int64_t n, Unit *out, int64_t ld) {
+    for (int64_t k = 0; k < GROUP; k++)
+        out[k * ld] = k < n ? x[k] : 0;
+    return 1;
+}
+
+// Number k of the units that `spread` made, as it is multiplied.
+INLINE float spread_number(const Unit *units, int64_t ld, int64_t k, float worth) { return units[k * ld] * worth; }
+
+// sums [rows, 2 · panels] += the products of a group: x [GROUP, rows], w [GROUP, PANEL] in each panel, `ld` apart.
+INLINE void add_group(int rows, int panels, vec sums[ROWS][8], const Unit *x, const float *worth_x, const Unit *w,
+                      int64_t ld, const T *worth_w, int64_t ld_worth) {
+    (void)worth_x, (void)worth_w, (void)ld_worth;
+    for (int k = 0; k < GROUP; k++, x += rows, w += PANEL) {
+        vec own[8];
+#pragma GCC unroll 8
+        for (int c = 0; c < 2 * panels; c++)
+            own[c] = load(w + c / 2 * ld + c % 2 * VL);
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+            for (int c = 0; c < 2 * panels; c++)
+                sums[r][c] += x[r] * own[c];
+    }
+}
