@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from server.errors import InvalidRequestError
 
-__all__ = ["AdapterName", "Body", "MergedAdapters", "MixEntry", "StopString", "chosen_weights"]
+__all__ = ["AdapterBody", "AdapterName", "Body", "MergedAdapters", "MixEntry", "StopString", "chosen_weights"]
 
 MAX_STOP_STRINGS = 16
 MAX_BAD_WORDS = 64
@@ -16,6 +16,12 @@ MAX_LOGIT_BIASES = 1_024
 MAX_TOP_LOGPROBS = 20
 MAX_SEQUENCES = 16
 MAX_SEED = (1 << 64) - 1
+
+# How others name such fields, or one might. Where there is no such field the base model would answer, unnoticed.
+ADAPTER_FIELDS = frozenset(
+    {"adapters", "merged_adapters", "lora_request", "lora_path", "lora_weights", "mix"}
+    | {f"{kind}{end}" for kind in ("adapter", "lora", "lora_adapter") for end in ("", "s", "_id", "_ids", "_name", "_names")}
+)
 
 Weight = Annotated[float, Field(ge=-1e4, le=1e4)]
 AdapterName = Annotated[str, Field(max_length=256)]
@@ -43,6 +49,21 @@ class Body(BaseModel):
             value = getattr(self, name)
             if value is not None and not any(type(value) is type(other) and value == other for other in neutral):
                 raise InvalidRequestError(f"`{name}` is not supported", code="not_supported", param=name)
+
+
+class AdapterBody(Body):
+    """One that says which adapters answer; a field that looks so and is not known here is refused, not ignored."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_strange_choices(cls, values: Any) -> Any:
+        strange = ADAPTER_FIELDS - cls.model_fields.keys() if isinstance(values, dict) else frozenset()
+        for name in sorted(strange):
+            if values.get(name) not in (None, "", [], {}):
+                raise InvalidRequestError(
+                    f"there is no field `{name}` here: the base model would answer", code="unknown_field", param=name
+                )
+        return values
 
 
 class MixEntry(Body):

@@ -6,7 +6,15 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field
 
 from server.errors import InvalidRequestError
-from server.schemas.body import MAX_MIX_ENTRIES, MAX_STOP_STRINGS, AdapterName, Body, MixEntry, StopString
+from server.schemas.body import (
+    MAX_MIX_ENTRIES,
+    MAX_STOP_STRINGS,
+    AdapterBody,
+    AdapterName,
+    Body,
+    MixEntry,
+    StopString,
+)
 from server.schemas.chat import MAX_MESSAGES, ChatMessage, ChatRequest, ContentPart
 
 __all__ = ["MessagesRequest"]
@@ -19,7 +27,7 @@ class Message(Body):
     content: str | list[ContentPart]
 
 
-class MessagesRequest(Body):
+class MessagesRequest(AdapterBody):
     """A conversation to be continued."""
 
     model_config = ConfigDict(

@@ -15,6 +15,7 @@ from server.schemas.body import (
     MAX_SEED,
     MAX_SEQUENCES,
     MAX_STOP_STRINGS,
+    AdapterBody,
     AdapterName,
     Body,
     MergedAdapters,
@@ -39,7 +40,7 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
 
 
-class OpenAIBody(Body):
+class OpenAIBody(AdapterBody):
     """Fields of both routes."""
 
     model: Annotated[str, Field(max_length=512)] | None = Field(

@@ -14,6 +14,7 @@ from server.schemas.body import (
     MAX_SEQUENCES,
     MAX_STOP_STRINGS,
     MAX_TOP_LOGPROBS,
+    AdapterBody,
     AdapterName,
     Body,
     MergedAdapters,
@@ -28,7 +29,7 @@ from server.structured import Grammar
 __all__ = ["GenerateParameters", "GenerateRequest"]
 
 
-class GenerateParameters(Body):
+class GenerateParameters(AdapterBody):
     """Parameters of a generation. What is known but not supported is refused by `refuse_unsupported`."""
 
     adapter_id: AdapterName | None = Field(None, description="adapter name; null for the base model")
@@ -124,7 +125,7 @@ class GenerateParameters(Body):
         return None if self.response_format is None else self.response_format.as_grammar("response_format")
 
 
-class GenerateRequest(Body):
+class GenerateRequest(AdapterBody):
     """A prompt, and which adapters answer it."""
 
     model_config = ConfigDict(

@@ -210,6 +210,7 @@ def test_unset_temperature_samples(client: httpx.Client) -> None:
 BAD: dict[str, tuple[dict[str, Any], int, str, str | None]] = {
     "unknown model": ({"model": "nobody"}, 404, "model_not_found", "model"),
     "unknown adapter": ({"adapter_id": "nobody"}, 404, "model_not_found", "model"),
+    "an adapter under another name": ({"lora_name": "rank4"}, 400, "unknown_field", "lora_name"),
     "too long": ({"prompt": "x" * 3000}, 400, "context_length_exceeded", None),
     "output too long": ({"max_tokens": 10_000}, 400, "context_length_exceeded", None),
     "no prompt": ({"prompt": None}, 400, "invalid_value", "prompt"),
