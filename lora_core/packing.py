@@ -4,7 +4,8 @@
 few rows. A packed form holds the same numbers in about as many bytes. It is oneDNN's where the processor has
 products of bfloat16 (AVX-512), with the same results; PyTorch's operators for it are private, and may be missing.
 Elsewhere PyTorch multiplies bfloat16 some twenty times as slowly as the processor could: the form is
-`lora_core.native`'s then, which multiplies whole numbers. Where there is neither, or the device or dtype is another, a plain weight is used.
+`lora_core.native`'s then, which multiplies whole numbers. Where there is neither, or the device or dtype is another, a
+plain weight is used.
 """
 
 import functools

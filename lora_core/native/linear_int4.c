@@ -158,7 +158,8 @@ int linear_int4(const T *x, int64_t ldx, const void *w, const T *scales, const T
             round_row(x + (start + r) * ldx, I, own.numbers + r * I, own.worth + r * G, own.sums + r * G);
 #pragma omp for schedule(static)
         for (int64_t p = 0; p < P; p++)
-            panel(rows, &own, (const uint8_t *)w + p * I / 2 * PANEL, scales + p * G * 2 * PANEL, bias, y + start * O, I, O, p * PANEL);
+            panel(rows, &own, (const uint8_t *)w + p * I / 2 * PANEL, scales + p * G * 2 * PANEL, bias, y + start * O, I, O,
+                  p * PANEL);
     }
     return 0;
 }

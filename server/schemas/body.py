@@ -19,8 +19,9 @@ MAX_SEED = (1 << 64) - 1
 
 # How others name such fields, or one might. Where there is no such field the base model would answer, unnoticed.
 ADAPTER_FIELDS = frozenset(
-    {"adapters", "merged_adapters", "lora_request", "lora_path", "lora_weights", "mix"}
-    | {f"{kind}{end}" for kind in ("adapter", "lora", "lora_adapter") for end in ("", "s", "_id", "_ids", "_name", "_names")}
+    {"merged_adapters", "lora_request", "lora_path", "lora_weights", "mix"}
+    | {kind + end for kind in ("adapter", "lora") for end in ("", "s", "_id", "_ids", "_name", "_names")}
+    | {"lora_adapter", "lora_adapters"}
 )
 
 Weight = Annotated[float, Field(ge=-1e4, le=1e4)]

@@ -16,7 +16,6 @@ from server.schemas.body import (
     MAX_TOP_LOGPROBS,
     AdapterBody,
     AdapterName,
-    Body,
     MergedAdapters,
     MixEntry,
     StopString,
