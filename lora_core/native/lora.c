@@ -106,7 +106,20 @@ typedef struct {
     const T *base_bias; // the layer's, or null
     T *y;
     int64_t ldy, group, first;
+    int has_gain, has_bias; // the group, from one of its adapters
 } Tile;
+
+// Whether one of the group's adapters has gains, or biases.
+INLINE int has_any(const Tile *t, int is_gain) {
+    if (!(is_gain ? t->layer->gain : t->layer->bias))
+        return 0;
+    for (int32_t e = t->plan->groups[2 * t->group + 1]; e < t->plan->groups[2 * t->group + 3]; e++) {
+        const Extent *own = t->extents + t->plan->entries[e];
+        if (is_gain ? own->has_gain : own->has_bias)
+            return 1;
+    }
+    return 0;
+}
 
 // The group's weighted sum of gains or biases, columns [column, column + n).
 INLINE vec vector_sum(const Tile *t, const T *table, int is_gain, int64_t column, int n) {
@@ -115,30 +128,23 @@ INLINE vec vector_sum(const Tile *t, const T *table, int is_gain, int64_t column
     for (int32_t e = plan->groups[2 * t->group + 1]; e < plan->groups[2 * t->group + 3]; e++) {
         int32_t adapter = plan->entries[e];
         const Extent *own = t->extents + adapter;
-        if (table && (is_gain ? own->has_gain : own->has_bias))
+        if (is_gain ? own->has_gain : own->has_bias)
             out += plan->weights[e] * load_part(table + plan->slots[adapter] * t->layer->num_columns + column, n);
     }
     return out;
 }
 
-INLINE int has_gains(const Tile *t) {
-    for (int32_t e = t->plan->groups[2 * t->group + 1]; e < t->plan->groups[2 * t->group + 3]; e++)
-        if (t->extents[t->plan->entries[e]].has_gain)
-            return 1;
-    return 0;
-}
-
 // y += gain·(y - bias0) + sums + bias for a vector of a tile's columns, of which `left` are there; sums lie
 // `ld` floats apart.
 INLINE void finish_columns(int64_t rows, const Tile *t, int64_t column, int n, const float *sums, int64_t ld) {
-    int scales = has_gains(t);
-    vec gain = vector_sum(t, t->layer->gain, 1, column, n), bias = vector_sum(t, t->layer->bias, 0, column, n);
-    vec bias0 = t->base_bias ? load_part(t->base_bias + column, n) : all(0);
+    vec gain = t->has_gain ? vector_sum(t, t->layer->gain, 1, column, n) : all(0);
+    vec bias = t->has_bias ? vector_sum(t, t->layer->bias, 0, column, n) : all(0);
+    vec bias0 = t->has_gain && t->base_bias ? load_part(t->base_bias + column, n) : all(0);
     for (int64_t i = 0; i < rows; i++) {
         T *y = t->y + t->plan->rows[t->first + i] * t->ldy + t->layer->column + column;
         vec old = load_part(y, n);
         vec out = old + load_float(sums + i * ld) + bias;
-        if (scales)
+        if (t->has_gain)
             out += gain * (old - bias0);
         store_part(y, out, n);
     }
@@ -310,9 +316,11 @@ static void expand_strip(const Call *call, int64_t m, int64_t column, int64_t st
     const Layer *layer = call->layers + m;
     int64_t stop = column + strip < layer->num_columns ? column + strip : layer->num_columns, end;
     const T *base_bias = call->base_bias ? call->base_bias + layer->column : 0;
-    Tile tile = {plan, layer, plan->extents + m * plan->num_adapters, call->shrunk + m, base_bias, call->y, call->ldy, 0, 0};
+    Tile tile = {plan, layer, plan->extents + m * plan->num_adapters, call->shrunk + m, base_bias, call->y, call->ldy, 0, 0,
+                 0, 0};
     for (tile.group = 0; tile.group < plan->num_groups; tile.group++) {
         rows_in_chunk(plan, tile.group, chunk, &tile.first, &end);
+        tile.has_gain = has_any(&tile, 1), tile.has_bias = has_any(&tile, 0);
         if (end - tile.first >= MANY_ROWS) {
             expand_many(end - tile.first, &tile, column, stop);
             continue;
