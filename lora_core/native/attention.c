@@ -2,8 +2,8 @@
 //
 // A unit of work is a key head and some rows, a row being one query head of one token. Keys are taken in chunks of whole
 // blocks, so that a row's sums have one order, whether its token is one of a prompt or decodes. In a block keys lie
-// transposed, [dim, block_size]: scores of neighbouring keys are neighbours in a vector. Of a unit of many rows each block's
-// numbers become floats once.
+// transposed, [dim, block_size]: scores of neighbouring keys are neighbours in a vector. For many rows each block's
+// numbers become floats once, in panels.
 #include "functions.h"
 #include "product.h"
 #include <math.h>
@@ -47,23 +47,20 @@ static void write_token(const Attention *a, const Step *s, int64_t token) {
 }
 
 // Some rows x all columns, `ld` of them; `parts` vectors of them at a time.
-INLINE void products(int is_float, int rows, int parts, int is_sum, const float *x, int64_t ldx, const void *numbers,
-                     int64_t ld, int64_t size, const T *next, float *out, int64_t ldo) {
-    int64_t c = 0, bytes = is_float ? sizeof(float) : sizeof(T);
+INLINE void products(int rows, int parts, int is_sum, const float *x, int64_t ldx, const T *numbers, int64_t ld,
+                     int64_t size, const T *next, float *out, int64_t ldo) {
+    int64_t c = 0;
     for (; c + parts * VL <= ld; c += parts * VL)
-        product_of(is_float, rows, parts, VL, is_sum, x, ldx, (const char *)numbers + c * bytes, ld, size,
-                   next ? next + c : 0, out + c, ldo);
+        product(rows, parts, VL, is_sum, x, ldx, numbers + c, ld, size, next ? next + c : 0, out + c, ldo);
     for (; c + VL <= ld; c += VL)
-        product_of(is_float, rows, 1, VL, is_sum, x, ldx, (const char *)numbers + c * bytes, ld, size,
-                   next ? next + c : 0, out + c, ldo);
+        product(rows, 1, VL, is_sum, x, ldx, numbers + c, ld, size, next ? next + c : 0, out + c, ldo);
     if (c < ld)
-        product_of(is_float, rows, 1, ld - c, is_sum, x, ldx, (const char *)numbers + c * bytes, ld, size, 0, out + c,
-                   ldo);
+        product(rows, 1, ld - c, is_sum, x, ldx, numbers + c, ld, size, 0, out + c, ldo);
 }
 
 #define CASE(rows)                                                                                                     \
     case rows:                                                                                                         \
-        products(0, rows, 2, 0, q, dim, keys, B, dim, next, scores, ldo);                                              \
+        products(rows, 2, 0, q, dim, keys, B, dim, next, scores, ldo);                                                 \
         break;
 
 // scores [rows, B] = q [rows, dim] · keys [dim, B].
@@ -79,11 +76,11 @@ static void add(int64_t rows, const float *weights, int64_t ldw, const T *values
                 float *out, int64_t ldo) {
     for (int64_t left = rows; left > 0; left -= 3, weights += 3 * ldw, out += 3 * ldo, next = 0)
         if (left == 1)
-            products(0, 1, 4, 1, weights, ldw, values, dim, n, next, out, ldo);
+            products(1, 4, 1, weights, ldw, values, dim, n, next, out, ldo);
         else if (left == 2)
-            products(0, 2, 4, 1, weights, ldw, values, dim, n, next, out, ldo);
+            products(2, 4, 1, weights, ldw, values, dim, n, next, out, ldo);
         else
-            products(0, 3, 4, 1, weights, ldw, values, dim, n, next, out, ldo);
+            products(3, 4, 1, weights, ldw, values, dim, n, next, out, ldo);
 }
 
 // n rows of `size` numbers as floats, in panels of `ld` rows that zeros fill up.
