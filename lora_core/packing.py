@@ -59,7 +59,7 @@ class PackedWeight:
 
     def unpack(self, rows: slice = slice(None)) -> Tensor:
         """The weight's rows [rows, I], bit for bit: a copy if it is packed, its own storage otherwise."""
-        return self._form.unpack()[rows]
+        return self._form.unpack(rows)
 
 
 class _PlainWeight:
@@ -69,8 +69,8 @@ class _PlainWeight:
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self._weight, bias)
 
-    def unpack(self) -> Tensor:
-        return self._weight
+    def unpack(self, rows: slice) -> Tensor:
+        return self._weight[rows]
 
 
 class _DeviceWeight(_PlainWeight):
@@ -107,9 +107,9 @@ class _OneDnnWeight:
         out: Tensor = self._linear(x, self._weight, bias, "none", [], "")
         return out
 
-    def unpack(self) -> Tensor:
+    def unpack(self, rows: slice) -> Tensor:
         torch.get_num_threads()  # oneDNN would ask OpenMP; a thread's first PyTorch operator sets the number there
-        return self._weight.to_dense()
+        return self._weight.to_dense()[rows]
 
 
 class Int4Weight:

@@ -42,6 +42,7 @@ SIGNATURES = {
     "panel_width": "",
     "group_size": "",
     "pack": "ppppii",
+    "unpack": "pppiii",
     "linear": "pippppiii",
     "linear_int4": "pippppiii",
     "lora": "pipiippip",

@@ -32,6 +32,13 @@ int panel_width(void) { return PANEL; }
 
 int group_size(void) { return GROUP; }
 
+// Where column o's part of group g begins, of G.
+INLINE int64_t unit_place(int64_t o, int64_t g, int64_t G) { return (o / PANEL * G + g) * STEPS * PANEL + o % PANEL; }
+
+INLINE int64_t worth_place(int64_t o, int64_t g, int64_t G) { return (o / PANEL * G + g) * PANEL + o % PANEL; }
+
+INLINE int64_t group_length(int64_t I, int64_t g) { return I - g * GROUP < GROUP ? I - g * GROUP : GROUP; }
+
 // w [O, I] as panels, of which the last one's missing columns are zeros already. Notes which numbers are not multiplied
 // as they are, in [O, I].
 void pack(const T *w, Unit *units, T *worth, uint8_t *is_rounded, int64_t O, int64_t I) {
@@ -39,15 +46,25 @@ void pack(const T *w, Unit *units, T *worth, uint8_t *is_rounded, int64_t O, int
 #pragma omp parallel for
     for (int64_t o = 0; o < O; o++)
         for (int64_t g = 0; g < G; g++) {
-            int64_t place = o / PANEL * G + g, start = o * I + g * GROUP, n = I - g * GROUP < GROUP ? I - g * GROUP : GROUP;
-            Unit *own = units + place * STEPS * PANEL + o % PANEL;
+            int64_t n = group_length(I, g), start = o * I + g * GROUP;
+            Unit *own = units + unit_place(o, g, G);
+            T back[GROUP];
             float one = spread(w + start, n, own, PANEL);
             if (worth)
-                store_part(worth + place * PANEL + o % PANEL, all(one), 1);
-            for (int64_t k = 0; k < n; k++) {
-                float number = spread_number(own, PANEL, k, one), given = get(w + start + k);
-                is_rounded[start + k] = memcmp(&number, &given, sizeof number) != 0;
-            }
+                store_part(worth + worth_place(o, g, G), all(one), 1);
+            unspread(own, PANEL, one, n, back);
+            for (int64_t k = 0; k < n; k++)
+                is_rounded[start + k] = back[k] != w[start + k];
+        }
+}
+
+// Rows [first, stop) of W as they are multiplied, to out [stop - first, I].
+void unpack(const Unit *units, const T *worth, T *out, int64_t first, int64_t stop, int64_t I) {
+    int64_t G = groups(I);
+    for (int64_t o = first; o < stop; o++)
+        for (int64_t g = 0; g < G; g++) {
+            float one = worth ? get(worth + worth_place(o, g, G)) : 1;
+            unspread(units + unit_place(o, g, G), PANEL, one, group_length(I, g), out + (o - first) * I + g * GROUP);
         }
 }
 
@@ -134,10 +151,9 @@ INLINE void spread_rows(const T *x, int64_t ldx, int64_t start, int64_t rows, in
         while (first + (size = tile_rows(rows, first)) <= r)
             first += size;
         for (int64_t g = 0; g < G; g++) {
-            int64_t left = I - g * GROUP;
             Unit *own = out.units + (first * G + g * size) * STEPS + r - first;
             out.worth[first * G + g * size + r - first] =
-                spread(x + (start + r) * ldx + g * GROUP, left < GROUP ? left : GROUP, own, size);
+                spread(x + (start + r) * ldx + g * GROUP, group_length(I, g), own, size);
         }
     }
 }

@@ -26,7 +26,7 @@ class NativeWeight:
     def __init__(self, weight: Tensor) -> None:
         library_ = _library(weight.dtype)
         self.out_features, self.in_features = weight.shape
-        self._linear, self._dtype = library_.linear, weight.dtype
+        self._linear, self._unpack, self._dtype = library_.linear, library_.unpack, weight.dtype
         width, size = int(library_.panel_width()), int(library_.group_size())
         num_panels, num_groups = (-(-n // m) for n, m in zip(weight.shape, (width, size), strict=True))
         has_worth = weight.dtype == torch.bfloat16
@@ -53,13 +53,14 @@ class NativeWeight:
         """Where the product, the units and what one is worth are."""
         return _address(self._linear), self._units.data_ptr(), None if self._worth is None else self._worth.data_ptr()
 
-    def unpack(self) -> Tensor:
-        """[O, I], bit for bit: a copy."""
-        numbers = self._units.transpose(2, 3).flatten(3)  # [P, G, W, GROUP]
-        if self._worth is not None:
-            numbers = (numbers * self._worth.float()[..., None]).to(self._dtype)
-        weight = numbers.transpose(1, 2).flatten(0, 1).flatten(1)[: self.out_features, : self.in_features].contiguous()
-        weight.view(-1)[self._places] = self._originals
+    def unpack(self, rows: slice = slice(None)) -> Tensor:
+        """The weight's rows [rows, I], which follow each other, bit for bit: a copy."""
+        first, stop, _ = rows.indices(self.out_features)
+        weight = torch.empty(max(stop - first, 0), self.in_features, dtype=self._dtype)
+        self._unpack(*self.addresses[1:], weight.data_ptr(), first, stop, self.in_features)
+        bounds = torch.tensor([first, stop], dtype=self._places.dtype) * self.in_features
+        own = slice(*torch.searchsorted(self._places, bounds).tolist())
+        weight.view(-1)[self._places[own] - bounds[0]] = self._originals[own]
         return weight
 
 

@@ -232,7 +232,7 @@ static void expand_many(int64_t rows, const Tile *t, int64_t column, int64_t sto
     float sums[CHUNK_ROWS * LINE_COLUMNS], wide[MAX_RANKS * LINE_COLUMNS];
     for (int64_t c = column; c < stop; c += LINE_COLUMNS) {
         int64_t size = stop - c < LINE_COLUMNS ? stop - c : LINE_COLUMNS;
-        for (int64_t i = 0; i < rows; i++)
+        for (int64_t i = 0; i < rows; i++) // while the products are computed
             __builtin_prefetch(t->y + plan->rows[t->first + i] * t->ldy + t->layer->column + c, 1);
         memset(sums, 0, rows * LINE_COLUMNS * sizeof(float));
         for (int32_t e = plan->groups[2 * t->group + 1]; e < plan->groups[2 * t->group + 3]; e++) {
@@ -316,11 +316,12 @@ static void expand_strip(const Call *call, int64_t m, int64_t column, int64_t st
     const Layer *layer = call->layers + m;
     int64_t stop = column + strip < layer->num_columns ? column + strip : layer->num_columns, end;
     const T *base_bias = call->base_bias ? call->base_bias + layer->column : 0;
-    Tile tile = {plan, layer, plan->extents + m * plan->num_adapters, call->shrunk + m, base_bias, call->y, call->ldy, 0, 0,
-                 0, 0};
+    Tile tile = {.plan = plan, .layer = layer, .extents = plan->extents + m * plan->num_adapters,
+                 .shrunk = call->shrunk + m, .base_bias = base_bias, .y = call->y, .ldy = call->ldy};
     for (tile.group = 0; tile.group < plan->num_groups; tile.group++) {
         rows_in_chunk(plan, tile.group, chunk, &tile.first, &end);
-        tile.has_gain = has_any(&tile, 1), tile.has_bias = has_any(&tile, 0);
+        tile.has_gain = has_any(&tile, 1);
+        tile.has_bias = has_any(&tile, 0);
         if (end - tile.first >= MANY_ROWS) {
             expand_many(end - tile.first, &tile, column, stop);
             continue;

@@ -3,8 +3,8 @@
 //
 // GROUP numbers along the input become whole multiples of one power of two, the largest of 13 bits. So a number is exact
 // unless it is less than 1/32 of the group's largest, and else wrong by at most 2^-13 of the power of two below that.
-// Together that is less than a fifth of what rounding the largest to bfloat16 did. A group's sum of products fits 32
-// bits (32 · 8160² < 2^31), and is exact.
+// The root of a group's summed squares of that is less than a fifth of what rounding the largest to bfloat16 may have
+// done. A group's sum of products fits 32 bits (32 · 8160² < 2^31), and is exact.
 #pragma once
 #include "vector.h"
 
@@ -49,9 +49,19 @@ static float spread(const T *x, int64_t n, Unit *out, int64_t ld) {
     return float_of(exponent == 255 ? 0x7fc00000 : (exponent - BITS) << 23);
 }
 
-// Number k of the units that `spread` made, as it is multiplied.
-INLINE float spread_number(const Unit *units, int64_t ld, int64_t k, float worth) {
-    return (int16_t)((uint32_t)units[k / 2 * ld] >> k % 2 * 16) * worth;
+// The n numbers of the units that `spread` made, as they are multiplied; bfloat16 holds them, as it held what they were.
+static void unspread(const Unit *units, int64_t ld, float worth, int64_t n, T *out) {
+    int16_t numbers[GROUP];
+    T group[GROUP];
+    for (int k = 0; k < GROUP / 2; k++)
+        memcpy(numbers + 2 * k, units + k * ld, sizeof *units);
+    for (int i = 0; i < GROUP; i++) {
+        float number = numbers[i] * worth;
+        uint32_t bits;
+        memcpy(&bits, &number, sizeof bits);
+        group[i] = bits >> 16;
+    }
+    memcpy(out, group, n * sizeof(T));
 }
 
 // *sums += products of pairs, added up.

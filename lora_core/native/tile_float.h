@@ -3,7 +3,7 @@
 #include "vector.h"
 
 typedef float Unit;
-#define GROUP 16 // numbers along the input that are fetched for at once; no more than that
+#define GROUP 16 // numbers for which a tile fetches ahead at once; nothing else goes by groups here
 #define ROWS MAX_TILE
 #define FOR_ROWS FOR_TILE_ROWS
 
@@ -14,8 +14,12 @@ INLINE float spread(const T *x, int64_t n, Unit *out, int64_t ld) {
     return 1;
 }
 
-// Number k of the units that `spread` made, as it is multiplied.
-INLINE float spread_number(const Unit *units, int64_t ld, int64_t k, float worth) { return units[k * ld] * worth; }
+// The n numbers of the units that `spread` made.
+INLINE void unspread(const Unit *units, int64_t ld, float worth, int64_t n, T *out) {
+    (void)worth;
+    for (int64_t k = 0; k < n; k++)
+        out[k] = units[k * ld];
+}
 
 // sums [rows, 2 · panels] += the products of a group: x [GROUP, rows], w [GROUP, PANEL] in each panel, `ld` apart.
 INLINE void add_group(int rows, int panels, vec sums[ROWS][8], const Unit *x, const float *worth_x, const Unit *w,

@@ -61,9 +61,11 @@ class AdapterBody(Body):
         strange = ADAPTER_FIELDS - cls.model_fields.keys() if isinstance(values, dict) else frozenset()
         for name in sorted(strange):
             if values.get(name) not in (None, "", [], {}):
-                raise InvalidRequestError(
-                    f"there is no field `{name}` here: the base model would answer", code="unknown_field", param=name
+                known = ", ".join(f"`{field}`" for field in sorted(ADAPTER_FIELDS & cls.model_fields.keys()))
+                message = (
+                    f"there is no field `{name}` here: the base model would answer; adapters are chosen by {known}"
                 )
+                raise InvalidRequestError(message, code="unknown_field", param=name)
         return values
 
 

@@ -40,6 +40,8 @@ def test_products_for_all_numbers_of_rows(dtype: torch.dtype) -> None:
         weight, bias = torch.randn(num_out, num_in).to(dtype), torch.randn(num_out).to(dtype)
         own = NativeWeight(weight)
         assert torch.equal(own.unpack(), weight)
+        first = random.randint(0, num_out)
+        assert torch.equal(own.unpack(slice(first, first + 20)), weight[first : first + 20])
         for num_rows in (*range(14), 25, 61, 130):
             x = torch.randn(num_rows, num_in + 3).to(dtype)[:, :num_in]
             given = random.choice([None, bias])
