@@ -34,8 +34,16 @@ class Live:
 
     def expected(self, name: str | None, prompt: str, num_tokens: int) -> tuple[list[int], str]:
         """Greedy tokens and text of the base or of one adapter, by transformers and PEFT."""
-        ids = self.tokenizer(prompt).input_ids
-        tokens, _ = peft_adapters.greedy(self.references[name or "base"], ids, num_tokens)
+        return self._greedy(self.references[name or "base"], prompt, num_tokens)
+
+    def expected_of_mix(self, weights: dict[str, float], prompt: str, num_tokens: int) -> tuple[list[int], str]:
+        """Greedy tokens and text of the base plus the weighted sum of what PEFT's merges change."""
+        base = self.references["base"]
+        deltas = [(w, peft_adapters.merged_delta(base, self.references[name])) for name, w in weights.items()]
+        return self._greedy(peft_adapters.with_deltas(base, deltas), prompt, num_tokens)
+
+    def _greedy(self, model: Any, prompt: str, num_tokens: int) -> tuple[list[int], str]:
+        tokens, _ = peft_adapters.greedy(model, self.tokenizer(prompt).input_ids, num_tokens)
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return tokens, text.rstrip("\ufffd")  # a character that is never completed is not shown
 

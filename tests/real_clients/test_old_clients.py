@@ -21,6 +21,7 @@ def test_lorax_and_text_generation(live: Live, guarded: Guarded, tmp_path: Path)
     python = tmp_path / "venv/bin/python"
     subprocess.run([python, "-m", "pip", "install", "-q", *REQUIREMENTS], check=True, capture_output=True, timeout=300)
     expected = {name: live.expected(name or None, PROMPT, 12) for name in ("", "rank8", "dora")}
+    expected["rank4 and rank8"] = live.expected_of_mix({"rank4": 0.5, "rank8": 0.5}, PROMPT, 12)
     (tmp_path / "expected.json").write_text(json.dumps(expected))
     script = Path(__file__).with_name("old_clients.py")
     command = [python, script, live.url, tmp_path / "expected.json", guarded.url, guarded.secrets["a"]]
