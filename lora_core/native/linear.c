@@ -5,6 +5,7 @@
 // group is worth as [O / PANEL, I / GROUP, PANEL] if that is not 1.
 #include "functions.h"
 #include "scratch.h"
+#include <omp.h>
 #ifdef FLOAT32
 #include "tile_float.h"
 #else
@@ -68,13 +69,14 @@ void unpack(const Unit *units, const T *worth, T *out, int64_t first, int64_t st
         }
 }
 
-// Sums [rows, 2 · panels], and the bias, into y.
-INLINE void finish(int rows, int panels, vec sums[ROWS][8], const T *bias, T *y, int64_t O, int64_t column) {
+// Sums [rows, 2 · panels], and the bias, into y, of which `left` columns are there.
+INLINE void finish(int rows, int panels, int is_whole, vec sums[ROWS][8], const T *bias, T *y, int64_t O, int64_t left) {
+#pragma GCC unroll 8
     for (int c = 0; c < 2 * panels; c++) {
-        int64_t start = column + c * VL, left = O - start;
-        if (left <= 0)
+        int64_t start = c * VL;
+        if (!is_whole && left <= start)
             break;
-        int n = left < VL ? left : VL;
+        int n = is_whole || left - start >= VL ? VL : left - start;
         vec b = bias ? load_part(bias + start, n) : all(0);
 #pragma GCC unroll 12
         for (int r = 0; r < rows; r++)
@@ -98,27 +100,50 @@ INLINE void tile(int rows, int panels, Rows x, Panels w, const T *bias, T *y, in
         add_group(rows, panels, sums, x.units + g * STEPS * rows, x.worth + g * rows, w.units + g * STEPS * PANEL,
                   G * STEPS * PANEL, w.worth + g * PANEL, G * PANEL);
     }
-    finish(rows, panels, sums, bias, y, O, column);
+    bias = bias ? bias + column : 0;
+    if (O - column >= panels * PANEL)
+        finish(rows, panels, 1, sums, bias, y + column, O, 0);
+    else
+        finish(rows, panels, 0, sums, bias, y + column, O, O - column);
 }
 
-// Rows of the tile that begins at row `start`: all tiles of a block are as large as each other, or one smaller.
-INLINE int64_t tile_rows(int64_t rows, int64_t start) {
-    int64_t tiles = (rows + ROWS - 1) / ROWS, large = rows % tiles;
-    return rows / tiles + (start < large * (rows / tiles + 1));
+// Rows of a block as tiles, all as large as each other or one smaller; the larger ones come first.
+typedef struct {
+    int64_t small, larger_rows; // rows of a small tile; rows in all larger ones
+} Tiling;
+
+INLINE Tiling tiling_of(int64_t rows) {
+    int64_t tiles = (rows + ROWS - 1) / ROWS, small = rows / tiles;
+    return (Tiling){small, rows % tiles * (small + 1)};
 }
 
+INLINE int64_t tile_rows(Tiling tiling, int64_t start) { return tiling.small + (start < tiling.larger_rows); }
+
+// The row that a row's tile begins with.
+INLINE int64_t tile_start(Tiling tiling, int64_t r) {
+    int64_t larger = tiling.larger_rows;
+    return r < larger ? r - r % (tiling.small + 1) : r - (r - larger) % tiling.small;
+}
+
+#define TILE(rows)                                                                                                    \
+    static __attribute__((noinline)) void tile_##rows(Rows x, Panels w, const T *bias, T *y, int64_t G, int64_t O,                 \
+                                                      int64_t column, const char *next, int64_t share) {               \
+        tile(rows, 1, x, w, bias, y, G, O, column, next, share);                                                       \
+    }
+FOR_ROWS(TILE)
 #define CASE(rows)                                                                                                     \
     case rows:                                                                                                         \
-        tile(rows, 1, own, w, bias, y + first * O, G, O, column, next, share);                                         \
+        tile_##rows(own, w, bias, y + first * O, G, O, column, next, share);                                         \
         break;
 
 // A block of rows x one panel.
 static void panel(int64_t rows, Rows x, Panels w, const T *bias, T *y, int64_t G, int64_t O, int64_t column) {
+    Tiling tiling = tiling_of(rows);
     int64_t size, share = STEPS * PANEL * sizeof(Unit) / ((rows + ROWS - 1) / ROWS);
     const char *next = (const char *)(w.units + G * STEPS * PANEL); // each tile fetches its share of the next panel
     for (int64_t first = 0; first < rows; first += size, next += G * share) {
         Rows own = {x.units + first * G * STEPS, x.worth + first * G};
-        switch (size = tile_rows(rows, first)) { FOR_ROWS(CASE) }
+        switch (size = tile_rows(tiling, first)) { FOR_ROWS(CASE) }
     }
 }
 
@@ -128,11 +153,11 @@ static void panels(int64_t rows, Rows x, Panels w, const T *bias, T *y, int64_t 
     for (int64_t p = first, taken; p < stop; p += taken) {
         Panels own = {w.units + p * G * STEPS * PANEL, w.worth + p * G * PANEL};
         // Few rows take more panels at once, so that enough sums are under way, and enough is being read.
-        taken = rows > 3 ? 1 : rows == 1 ? 4 : 2;
-        if (taken > stop - p)
-            taken = 1;
+        taken = rows > 3 || stop - p < 2 ? 1 : rows > 1 || stop - p < 4 ? 2 : 4;
         if (taken == 4)
             tile(1, 4, x, own, bias, y, G, O, p * PANEL, 0, 0);
+        else if (taken == 2 && rows == 1)
+            tile(1, 2, x, own, bias, y, G, O, p * PANEL, 0, 0);
         else if (taken == 2 && rows == 2)
             tile(2, 2, x, own, bias, y, G, O, p * PANEL, 0, 0);
         else if (taken == 2)
@@ -145,11 +170,10 @@ static void panels(int64_t rows, Rows x, Panels w, const T *bias, T *y, int64_t 
 // The rows [start, start + rows) of x; a loop that threads share.
 INLINE void spread_rows(const T *x, int64_t ldx, int64_t start, int64_t rows, int64_t I, Rows out) {
     int64_t G = groups(I);
+    Tiling tiling = tiling_of(rows);
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
-        int64_t first = 0, size;
-        while (first + (size = tile_rows(rows, first)) <= r)
-            first += size;
+        int64_t first = tile_start(tiling, r), size = tile_rows(tiling, first);
         for (int64_t g = 0; g < G; g++) {
             Unit *own = out.units + (first * G + g * size) * STEPS + r - first;
             out.worth[first * G + g * size + r - first] =
@@ -158,25 +182,25 @@ INLINE void spread_rows(const T *x, int64_t ldx, int64_t start, int64_t rows, in
     }
 }
 
-// Panels that one thread takes at a time, of P.
-INLINE int64_t panels_at_once(int64_t P) { return P / 32 > 4 ? P / 32 / 4 * 4 : 4; }
-
 // x [M, I] with rows `ldx` apart, bias [O] or null, y [M, O]. Not 0 if there is no memory.
 int linear(const T *x, int64_t ldx, const void *w, const T *worth, const T *bias, T *y, int64_t M, int64_t I,
            int64_t O) {
     static __thread Scratch scratch;
-    int64_t P = (O + PANEL - 1) / PANEL, G = groups(I), at_once = panels_at_once(P);
+    int64_t P = (O + PANEL - 1) / PANEL, G = groups(I);
     Unit *units = room(&scratch, BLOCK_ROWS * G * (STEPS * sizeof(Unit) + sizeof(float)));
     if (!units)
         return 1;
     Rows own = {units, (float *)(units + BLOCK_ROWS * G * STEPS)};
 #pragma omp parallel if (M * I * O > MIN_WORK)
     for (int64_t start = 0; start < M; start += BLOCK_ROWS) {
-        int64_t rows = M - start < BLOCK_ROWS ? M - start : BLOCK_ROWS;
+        int64_t rows = M - start < BLOCK_ROWS ? M - start : BLOCK_ROWS, more = start + rows < M;
+        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
         spread_rows(x, ldx, start, rows, I, own);
-#pragma omp for schedule(dynamic)
-        for (int64_t p = 0; p < P; p += at_once)
-            panels(rows, own, (Panels){w, worth}, bias, y + start * O, G, O, p, P - p < at_once ? P : p + at_once);
+        panels(rows, own, (Panels){w, worth}, bias, y + start * O, G, O, P * thread / threads,
+               P * (thread + 1) / threads);
+        if (more) {
+#pragma omp barrier
+        }
     }
     return 0;
 }

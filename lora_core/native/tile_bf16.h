@@ -20,6 +20,20 @@ typedef int32_t Unit; // two neighbours along the input, of 16 bits each
 #endif
 
 typedef int16_t pairs __attribute__((vector_size(VL * 4)));
+typedef int16_t octet __attribute__((vector_size(16)));
+
+#define LARGER(a, b) (((a) & ((a) > (b))) | ((b) & ~((a) > (b)))) // of each two numbers of vectors
+
+// The largest number of a vector.
+INLINE int16_t largest_of(pairs v) {
+    octet parts[VL / 4];
+    memcpy(parts, &v, sizeof v);
+    for (int i = 1; i < VL / 4; i++)
+        parts[0] = LARGER(parts[0], parts[i]);
+    parts[0] = LARGER(parts[0], __builtin_shuffle(parts[0], (octet){4, 5, 6, 7}));
+    parts[0] = LARGER(parts[0], __builtin_shuffle(parts[0], (octet){2, 3}));
+    return LARGER(parts[0], __builtin_shuffle(parts[0], (octet){1}))[0];
+}
 
 INLINE float float_of(uint32_t bits) {
     float out;
@@ -27,26 +41,37 @@ INLINE float float_of(uint32_t bits) {
     return out;
 }
 
-// n <= GROUP numbers as units `ld` apart, filled up with zeros; returns what one is worth, NaN if one is not finite.
-static float spread(const T *x, int64_t n, Unit *out, int64_t ld) {
-    T group[GROUP] = {0}, largest = 0;
-    int16_t numbers[GROUP];
-    memcpy(group, x, n * sizeof(T));
-    for (int i = 0; i < GROUP; i++) {
-        T size = group[i] & 0x7fff;
-        largest = size > largest ? size : largest;
+// GROUP numbers as units `ld` apart; returns what one is worth, NaN if one is not finite.
+INLINE float spread_group(const T *x, Unit *out, int64_t ld) {
+    typedef int16_t svec __attribute__((vector_size(VL * 2)));
+    pairs largest = {0}; // without their signs, which are the order of their sizes
+    for (int i = 0; i < GROUP; i += 2 * VL) {
+        pairs own;
+        memcpy(&own, x + i, sizeof own);
+        own &= 0x7fff;
+        largest = LARGER(own, largest);
     }
-    uint32_t exponent = largest >> 7 > BITS + 1 ? largest >> 7 : BITS + 1; // as floats have them, 127 more than it is
+    uint32_t most = largest_of(largest);
+    uint32_t exponent = most >> 7 > BITS + 1 ? most >> 7 : BITS + 1; // as floats have them, 127 more than it is
     float factor = float_of((254 + BITS - exponent) << 23);
-    for (int i = 0; i < GROUP; i++) {
-        float rounded = get(group + i) * factor + 12582912.0f; // 1.5·2^23: the number is in the lower bits
-        int32_t bits;
-        memcpy(&bits, &rounded, sizeof bits);
-        numbers[i] = bits;
+    Unit units[GROUP / 2];
+    for (int i = 0; i < GROUP; i += VL) {
+        ivec rounded = (ivec)(load(x + i) * factor + 12582912.0f); // 1.5·2^23: the number is in the lower bits
+        svec numbers = __builtin_convertvector(rounded, svec);
+        memcpy(units + i / 2, &numbers, sizeof numbers);
     }
     for (int k = 0; k < GROUP / 2; k++)
-        memcpy(out + k * ld, numbers + 2 * k, sizeof *out);
+        out[k * ld] = units[k];
     return float_of(exponent == 255 ? 0x7fc00000 : (exponent - BITS) << 23);
+}
+
+// n <= GROUP numbers, filled up with zeros, likewise.
+INLINE float spread(const T *x, int64_t n, Unit *out, int64_t ld) {
+    T group[GROUP] = {0};
+    if (n == GROUP)
+        return spread_group(x, out, ld);
+    memcpy(group, x, n * sizeof(T));
+    return spread_group(group, out, ld);
 }
 
 // The n numbers of the units that `spread` made, as they are multiplied; bfloat16 holds them, as it held what they were.
@@ -77,11 +102,8 @@ INLINE void add_products(ivec *sums, ivec a, ivec b) {
 #endif
 }
 
-// sums [rows, 2 · panels] += the products of a group: x [GROUP / 2, rows], w [GROUP / 2, PANEL] in each panel, `ld`
-// apart; what a number is worth of each row, and of each column [PANEL], panels `ld_worth` apart.
-INLINE void add_group(int rows, int panels, vec sums[ROWS][8], const Unit *x, const float *worth_x, const Unit *w,
-                      int64_t ld, const T *worth_w, int64_t ld_worth) {
-    ivec whole[ROWS][8];
+// whole [rows, 2 · panels] = the products of a group, added up.
+INLINE void multiply_panels(int rows, int panels, const Unit *x, const Unit *w, int64_t ld, ivec whole[ROWS][8]) {
 #pragma GCC unroll 12
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
@@ -101,6 +123,57 @@ INLINE void add_group(int rows, int panels, vec sums[ROWS][8], const Unit *x, co
                 add_products(&whole[r][c], pair, own[c]);
         }
     }
+}
+
+// The same of one panel.
+#if defined(__AVX2__) && VL == 8
+// All of it is one piece of assembly, as gcc moves sums between registers and memory. Operands 2r and 2r + 1 are the
+// sums of row r; .Lk counts units.
+#define FIRST_UNIT(r, a, b)                                                                                            \
+    ".if %c[rows] > " #r "\n\t"                                                                                        \
+    "vpbroadcastd 4*" #r "(%[x]), %[pair]\n\t"                                                                        \
+    "vpmaddwd %[low], %[pair], %" #a "\n\t"                                                                           \
+    "vpmaddwd %[high], %[pair], %" #b "\n\t"                                                                          \
+    ".endif\n\t"
+#define NEXT_UNIT(r, a, b)                                                                                             \
+    ".if %c[rows] > " #r "\n\t"                                                                                        \
+    "vpbroadcastd 4*(.Lk*%c[rows]+" #r ")(%[x]), %[pair]\n\t"                                                           \
+    "vpmaddwd %[low], %[pair], %[product]\n\t"                                                                        \
+    "vpmaddwd %[high], %[pair], %[pair]\n\t"                                                                          \
+    "vpaddd %[product], %" #a ", %" #a "\n\t"                                                                         \
+    "vpaddd %[pair], %" #b ", %" #b "\n\t"                                                                            \
+    ".endif\n\t"
+#define OF_ROWS(UNIT) UNIT(0, 0, 1) UNIT(1, 2, 3) UNIT(2, 4, 5) UNIT(3, 6, 7) UNIT(4, 8, 9) UNIT(5, 10, 11)
+#define SUMS_OF(r) "=&x"(whole[r][0]), "=&x"(whole[r][1])
+
+INLINE void multiply_panel(int rows, const Unit *x, const Unit *w, ivec whole[ROWS][8]) {
+    ivec low, high, pair, product;
+    asm("vmovdqu (%[w]), %[low]\n\tvmovdqu 32(%[w]), %[high]\n\t" OF_ROWS(FIRST_UNIT)
+        ".set .Lk, 1\n\t"
+        ".rept 15\n\t"
+        "vmovdqu 64*.Lk(%[w]), %[low]\n\tvmovdqu 64*.Lk+32(%[w]), %[high]\n\t" OF_ROWS(NEXT_UNIT)
+        ".set .Lk, .Lk+1\n\t"
+        ".endr"
+        : SUMS_OF(0), SUMS_OF(1), SUMS_OF(2), SUMS_OF(3), SUMS_OF(4), SUMS_OF(5), [low] "=&x"(low), [high] "=&x"(high),
+          [pair] "=&x"(pair), [product] "=&x"(product)
+        : [x] "r"(x), [w] "r"(w), [rows] "i"(rows), "m"(*(const Unit(*)[GROUP / 2 * rows])x),
+          "m"(*(const Unit(*)[GROUP / 2 * PANEL])w));
+}
+#else
+INLINE void multiply_panel(int rows, const Unit *x, const Unit *w, ivec whole[ROWS][8]) {
+    multiply_panels(rows, 1, x, w, 0, whole);
+}
+#endif
+
+// sums [rows, 2 · panels] += the products of a group: x [GROUP / 2, rows], w [GROUP / 2, PANEL] in each panel, `ld`
+// apart; what a number is worth of each row, and of each column [PANEL], panels `ld_worth` apart.
+INLINE void add_group(int rows, int panels, vec sums[ROWS][8], const Unit *x, const float *worth_x, const Unit *w,
+                      int64_t ld, const T *worth_w, int64_t ld_worth) {
+    ivec whole[ROWS][8];
+    if (panels == 1)
+        multiply_panel(rows, x, w, whole);
+    else
+        multiply_panels(rows, panels, x, w, ld, whole);
 #pragma GCC unroll 8
     for (int c = 0; c < 2 * panels; c++) {
         vec worth = load(worth_w + c / 2 * ld_worth + c % 2 * VL);
