@@ -49,6 +49,7 @@ SIGNATURES = {
     "attend": "pp",
     "rms_norm": "pppiif",
     "silu_gate": "ppii",
+    "row_maxima": "pppii",
     "decoder_layers": "pipii",
 }
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}

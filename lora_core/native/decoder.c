@@ -22,7 +22,7 @@ enum { QKV, OUT, GATE_UP, DOWN, NUM_PROJECTIONS };
 
 // Where time goes, for whoever wants to know.
 typedef struct {
-    double products, adapters, attention;
+    double products, adapters, attention, others;
 } Seconds;
 
 // A layer; whatever it points to is its own, or memory for `rows` rows that layers use one after the other.
@@ -41,6 +41,8 @@ typedef struct {
     int64_t rows;
     T *hidden; // [rows, size], changed in place
     const Step *step;
+    const int64_t *wanted; // ascending: if these are fewer rows, only they go on behind the last layer's attention
+    int64_t num_wanted;
     Seconds *seconds; // or null
 } Pass;
 
@@ -72,8 +74,8 @@ static int prepare(const Decoder *d, int part, const Pass *pass) {
         rms_norm(pass->hidden, d->norms[1], x, pass->rows, d->size, d->epsilons[1]);
     } else
         silu_gate(d->parts[GATE_UP].y, x, pass->rows, d->parts[DOWN].num_in);
-    if (pass->seconds && part == OUT)
-        pass->seconds->attention += now(pass) - start;
+    if (pass->seconds)
+        *(part == OUT ? &pass->seconds->attention : &pass->seconds->others) += now(pass) - start;
     return failed;
 }
 
@@ -95,25 +97,40 @@ static int adapt(const Projection *p, const Pass *pass) {
     return failed;
 }
 
+// Some rows of x [.., size], ascending, move to its beginning.
+static void keep(T *x, int64_t size, const int64_t *rows, int64_t num_rows) {
+    for (int64_t i = 0; i < num_rows; i++)
+        memmove(x + i * size, x + rows[i] * size, size * sizeof(T));
+}
+
 // From a product on, counted through all layers; `is_multiplied`: the caller has just done that one. Returns the product
 // that the caller has to do next, their number at the end, or -1 if there is no memory.
 int decoder_layers(const Decoder *layers, int64_t num_layers, const Pass *pass, int64_t product, int64_t is_multiplied) {
+    int64_t last_out = (num_layers - 1) * NUM_PROJECTIONS + OUT;
+    int is_cut = pass->num_wanted < pass->rows;
+    Pass own = *pass;
     for (; product < num_layers * NUM_PROJECTIONS; product++, is_multiplied = 0) {
         const Decoder *d = layers + product / NUM_PROJECTIONS;
         int part = product % NUM_PROJECTIONS;
         const Projection *p = d->parts + part;
+        own.rows = is_cut && product + is_multiplied > last_out ? pass->num_wanted : pass->rows;
         if (!is_multiplied) {
-            if (prepare(d, part, pass))
+            if (prepare(d, part, &own))
                 return -1;
+            if (is_cut && product == last_out) {
+                own.rows = pass->num_wanted;
+                keep((T *)p->x, p->num_in, pass->wanted, own.rows);
+                keep(own.hidden, d->size, pass->wanted, own.rows);
+            }
             if (!p->multiply)
                 return product;
-            if (multiply(p, pass))
+            if (multiply(p, &own))
                 return -1;
         }
-        if (adapt(p, pass))
+        if (adapt(p, &own))
             return -1;
         if (part == DOWN)
-            add_numbers(pass->hidden, p->y, pass->hidden, pass->rows * d->size);
+            add_numbers(own.hidden, p->y, own.hidden, own.rows * d->size);
     }
     return product;
 }

@@ -57,3 +57,43 @@ void add_numbers(const T *a, const T *b, T *y, int64_t size) {
         store_part(y + i, load_part(a + i, n) + load_part(b + i, n), n);
     }
 }
+
+// The largest of `size` numbers, and the first place where it is; NaN if one is.
+static float maximum(const T *x, int64_t size, int64_t *place) {
+    int64_t whole = size / VL * VL;
+    vec best = all(-INFINITY);
+    ivec where = {0}, is_nan = {0};
+    for (int64_t i = 0; i < whole; i += VL) {
+        vec v = load(x + i);
+        ivec is_larger = v > best;
+        best = pick(is_larger, v, best);
+        where = (is_larger & ((int32_t)i - (ivec){0})) | (~is_larger & where);
+        is_nan |= v != v;
+    }
+    float peak = -INFINITY;
+    int has_nan = 0;
+    *place = 0;
+    for (int k = 0; k < VL && whole; k++) {
+        has_nan |= is_nan[k];
+        if (best[k] > peak || (best[k] == peak && where[k] + k < *place)) {
+            peak = best[k];
+            *place = where[k] + k;
+        }
+    }
+    for (int64_t i = whole; i < size; i++) {
+        float number = get(x + i);
+        has_nan |= number != number;
+        if (number > peak) {
+            peak = number;
+            *place = i;
+        }
+    }
+    return has_nan ? NAN : peak;
+}
+
+// Of each row of x [rows, size].
+void row_maxima(const T *x, float *peaks, int64_t *places, int64_t rows, int64_t size) {
+#pragma omp parallel for schedule(static) if (rows * size > MIN_WORK)
+    for (int64_t r = 0; r < rows; r++)
+        peaks[r] = maximum(x + r * size, size, places + r);
+}

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lora_core.native import library
 
-__all__ = ["native_rms_norm", "native_silu_gate"]
+__all__ = ["native_maxima", "native_rms_norm", "native_silu_gate"]
 
 
 def native_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
@@ -28,6 +28,17 @@ def native_silu_gate(x: Tensor) -> Tensor | None:
     y = x.new_empty(*x.shape[:-1], size)
     found.silu_gate(x.data_ptr(), y.data_ptr(), x.numel() // (2 * size), size)
     return y
+
+
+def native_maxima(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Of each row of x [N, V]: the largest number, in float32, NaN if one is, and its first place: [N] each."""
+    is_plain = x.device.type == "cpu" and x.is_contiguous() and not x.requires_grad
+    found = library(x.dtype) if is_plain else None
+    if found is None:
+        return None
+    peaks, places = x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), dtype=torch.long)
+    found.row_maxima(x.data_ptr(), peaks.data_ptr(), places.data_ptr(), *x.shape)
+    return peaks, places
 
 
 def _is_plain(x: Tensor) -> bool:

@@ -19,17 +19,22 @@ from server.engine.attention.interface import STEP_ARGUMENT
 from server.engine.kv_cache import KVCache, LayerShape
 from server.engine.layers import LayerParts, Places, Seen
 
-__all__ = ["DecoderStack", "NativeLayers", "Seconds"]
+__all__ = ["BLOCK_SIZE", "DecoderStack", "NativeLayers", "Seconds"]
 
 NUM_PRODUCTS = 4
-# Of the cache of a trial.
+# Of the cache of a trial; it holds one block.
 BLOCK_SIZE = 16
 
 
 class Seconds(ctypes.Structure):
     """As in decoder.c: where time went."""
 
-    _fields_ = (("products", ctypes.c_double), ("adapters", ctypes.c_double), ("attention", ctypes.c_double))
+    _fields_ = (
+        ("products", ctypes.c_double),
+        ("adapters", ctypes.c_double),
+        ("attention", ctypes.c_double),
+        ("others", ctypes.c_double),
+    )
 
 
 class _Projection(ctypes.Structure):
@@ -63,7 +68,9 @@ class _Pass(ctypes.Structure):
 
     _fields_ = (
         ("rows", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("hidden", "step", "seconds")),
+        *((name, ctypes.c_void_p) for name in ("hidden", "step", "wanted")),
+        ("num_wanted", ctypes.c_int64),
+        ("seconds", ctypes.c_void_p),
     )
 
 
@@ -88,8 +95,7 @@ class DecoderStack(Places):
         self._memory: dict[tuple[int, int], Tensor] = {}
         self._num_rows = -1
         self._cache: KVCache | None = None
-        self._route: Route | None = None
-        self._planned_rows = -1
+        self._routes: tuple[tuple[Route | None, int], ...] = ()
         self._layouts: list[Layout] = []
         for layer, part in zip(self._c, parts, strict=True):
             layer.size = part.sizes[0][0]
@@ -109,8 +115,23 @@ class DecoderStack(Places):
         is_plain = x.shape[0] == 1 and x.dtype == self._dtype and x.is_contiguous()
         return is_plain and isinstance(step, NativeAttention) and not torch.is_grad_enabled()
 
-    def run(self, first: int, stop: int, x: Tensor, step: NativeAttention, embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    def run(
+        self,
+        first: int,
+        stop: int,
+        x: Tensor,
+        step: NativeAttention,
+        embeddings: tuple[Tensor, Tensor],
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """Through the layers [first, stop).
+
+        Args:
+            wanted: [N] int64, ascending: with the stack's last layer, the tokens that alone are computed to the end,
+                under the router's head route; None for all.
+
+        Returns:
+            [1, T or N, D].
 
         Raises:
             MemoryError: there is no memory for what lies between their products.
@@ -118,34 +139,46 @@ class DecoderStack(Places):
         num_rows = x.shape[1]
         if num_rows > self._num_rows or step.cache is not self._cache:
             self._reserve(max(num_rows, self._num_rows), step.cache)
-        self._point_to_adapters(num_rows)
+        num_left = num_rows if wanted is None else len(wanted)
+        last_out = stop * NUM_PRODUCTS - NUM_PRODUCTS + 1
+        self._point_to_adapters(num_rows, num_left)
         y = x.clone()
         seconds = None if self.seconds is None else ctypes.addressof(self.seconds)
-        now = _Pass(num_rows, y.data_ptr(), step.address(embeddings), seconds)
+        rows = None if wanted is None else wanted.data_ptr()
+        now = _Pass(num_rows, y.data_ptr(), step.address(embeddings), rows, num_left, seconds)
         arguments = ctypes.byref(self._c, first * ctypes.sizeof(_Decoder)), stop - first, ctypes.byref(now)
         start, end = first * NUM_PRODUCTS, stop * NUM_PRODUCTS
         product, is_multiplied = start, 0
         while (product := start + self._run(*arguments, product - start, is_multiplied)) != end:
             if product < start:
                 raise MemoryError(f"no memory for {num_rows} rows of a layer")
+            given = self._buffers(product)[0][: num_rows if product < last_out else num_left]
             # Held until the next one is there: C has read it by then.
-            made = self._groups[product].multiply(self._buffers(product)[0][:num_rows]).to(self._dtype).contiguous()
+            made = self._groups[product].multiply(given).to(self._dtype).contiguous()
             self._products[product].y = made.data_ptr()
             if product % NUM_PRODUCTS == 0:
                 self._point_attention(product // NUM_PRODUCTS, made)
             is_multiplied = 1
-        return y
+        return y[:, :num_left]
 
-    def _point_to_adapters(self, num_rows: int) -> None:
-        """Tell C what the route under way wants; nothing is to be done while it and the adapters stay the same."""
+    def _point_to_adapters(self, num_rows: int, num_left: int) -> None:
+        """Tell C what the routes under way want; nothing is to be done while they and the adapters stay the same.
+
+        Args:
+            num_left: rows behind the last layer's attention; the head route's, if these are not all.
+        """
         route = self._router.route
+        routes = [(route, num_rows)] * len(self._products)
+        if num_left < num_rows:
+            routes[1 - NUM_PRODUCTS :] = [(self._router.head_route, num_left)] * (NUM_PRODUCTS - 1)
         is_base = route is None or route.is_base
         layouts = [] if is_base else [layout for adapters in self._adapters for layout in adapters.layouts]
-        if route is self._route and layouts == self._layouts and num_rows == self._planned_rows:
+        now = routes[0], routes[-1]
+        if now == self._routes and layouts == self._layouts:
             return
-        self._route, self._layouts, self._planned_rows = route, layouts, num_rows
-        for product, adapters in zip(self._products, self._adapters, strict=True):
-            product.plan = None if is_base or route is None else adapters.plan(route, num_rows)
+        self._routes, self._layouts = now, layouts
+        for product, adapters, (own, count) in zip(self._products, self._adapters, routes, strict=True):
+            product.plan = None if own is None or own.is_base else adapters.plan(own, count)
 
     def _reserve(self, num_rows: int, cache: KVCache) -> None:
         """Memory between the products, which all layers use, for at most so many rows."""
@@ -197,13 +230,17 @@ class NativeLayers:
     def is_equal(self, theirs: Callable[..., Any], ours: Callable[..., Any], call: Seen) -> bool:
         """Both make the same bits of random numbers."""
         x = torch.randn(call.x.shape, generator=torch.Generator().manual_seed(0)).to(call.x.dtype)
-        results = []
-        for forward in (theirs, ours):
-            cache = KVCache(self._shapes, 2, BLOCK_SIZE, dtype=x.dtype, device=x.device)
-            step = NativeAttention(cache, BLOCK_SIZE + torch.arange(x.shape[1]), [Span([1], 0, x.shape[1])])
-            with torch.inference_mode():
-                results.append(forward(x, **call.others | {STEP_ARGUMENT: step}))
+        with torch.inference_mode():
+            results = [
+                forward(x, **call.others | {STEP_ARGUMENT: self.trial_step(x.shape[1], x.dtype)})
+                for forward in (theirs, ours)
+            ]
         return isinstance(results[0], Tensor) and torch.equal(*results)
+
+    def trial_step(self, num_tokens: int, dtype: torch.dtype) -> NativeAttention:
+        """A step of one sequence, at most `BLOCK_SIZE` tokens, with a cache of its own."""
+        cache = KVCache(self._shapes, 2, BLOCK_SIZE, dtype=dtype, device=torch.device("cpu"))
+        return NativeAttention(cache, BLOCK_SIZE + torch.arange(num_tokens), [Span([1], 0, num_tokens)])
 
 
 def _adapters(parts: LayerParts) -> list[NativeGroup]:

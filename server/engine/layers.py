@@ -7,7 +7,7 @@ not made for goes to the model's own code: another kind of attention step, autog
 a module of its own.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +20,17 @@ from server.engine.attention.interface import STEP_ARGUMENT
 from server.engine.norm import RmsNorm
 from server.engine.replace import GatedMlp
 
-__all__ = ["CHILDREN", "LayerParts", "LayerStack", "Places", "Seen", "StackKind", "StackedForward", "replace_layers"]
+__all__ = [
+    "CHILDREN",
+    "LayerParts",
+    "LayerStack",
+    "Places",
+    "Seen",
+    "StackKind",
+    "StackedForward",
+    "calls_of",
+    "replace_layers",
+]
 
 CHILDREN = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
 
@@ -149,14 +159,16 @@ class Seen:
         return other.x is self.output and are_same and len(self.args) == len(other.args) <= 1
 
 
-def replace_layers(model: nn.Module, trial: Callable[[], object], kind: StackKind) -> int:
-    """Let stacks compute the layers that they equal; returns how many.
+def replace_layers(
+    model: nn.Module, trial: Callable[[], object], kind: StackKind
+) -> list[tuple[LayerStack, list[LayerParts]]]:
+    """Let stacks compute the layers that they equal; returns them.
 
     Args:
         trial: runs the model once, with no route in use.
     """
     found = [parts for module in model.modules() if (parts := _parts(module)) is not None and kind.can_hold(parts)]
-    seen = _calls([parts.layer for parts in found], trial)
+    seen = calls_of([parts.layer for parts in found], trial)
     equal = [parts for parts in found if parts.layer in seen and _is_equal(parts, kind, seen[parts.layer])]
     runs: list[list[LayerParts]] = []
     for parts in equal:
@@ -165,12 +177,13 @@ def replace_layers(model: nn.Module, trial: Callable[[], object], kind: StackKin
             runs[-1].append(parts)
         else:
             runs.append([parts])
-    for run in runs:
-        stack, done = kind.make(run), Done()
+    stacks = [kind.make(run) for run in runs]
+    for stack, run in zip(stacks, runs, strict=True):
+        done = Done()
         for index, parts in enumerate(run):
             own = StackedForward(stack, done, index, parts.layer.forward)
             setattr(parts.layer, "forward", own)  # noqa: B010 - to type checkers a method stays what it is
-    return len(equal)
+    return list(zip(stacks, runs, strict=True))
 
 
 def _is_equal(parts: LayerParts, kind: StackKind, call: Seen) -> bool:
@@ -199,14 +212,14 @@ def _parts(layer: nn.Module) -> LayerParts | None:
     return LayerParts(layer, attention, mlp, (first, second), groups)
 
 
-def _calls(layers: Sequence[nn.Module], trial: Callable[[], object]) -> Mapping[nn.Module, Seen]:
-    """The last call of each layer in a run of the model."""
+def calls_of(modules: Iterable[nn.Module], trial: Callable[[], object]) -> Mapping[nn.Module, Seen]:
+    """The last call of each module in a run of the model."""
     seen: dict[nn.Module, Seen] = {}
 
-    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        seen[layer] = Seen(args, kwargs, output)
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seen[module] = Seen(args, kwargs, output)
 
-    hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+    hooks = [module.register_forward_hook(note, with_kwargs=True) for module in modules]
     try:
         trial()
     finally:

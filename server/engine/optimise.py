@@ -13,9 +13,11 @@ from lora_core import LoraLinear
 from lora_core.quant_product import is_batch_dependent
 from lora_core.shared import find_shared_inputs, share_inputs
 from server.engine.attention import replace_attention
+from server.engine.decoder import NativeLayers
 from server.engine.layers import StackKind, replace_layers
 from server.engine.model import run_probe
 from server.engine.replace import replace_mlps, replace_norms
+from server.engine.straight import StraightModel, find_straight_model
 
 __all__ = ["Optimised", "optimise"]
 
@@ -26,6 +28,7 @@ class Optimised:
 
     Attributes:
         shapes: of the groups: in_features, and the layers' out_features.
+        straight: what runs the model without its own code, or None.
     """
 
     num_groups: int
@@ -35,6 +38,7 @@ class Optimised:
     num_norms: int
     num_decoders: int
     shapes: frozenset[tuple[int, tuple[int, ...]]]
+    straight: StraightModel | None
 
 
 def optimise(
@@ -54,10 +58,14 @@ def optimise(
     num_blocks = replace_attention(model, lambda: run_probe(model), groups)
     num_mlps, num_norms = replace_mlps(model, groups), replace_norms(model)
     _leave_the_file(model)  # before C is told where weights lie
-    num_decoders = replace_layers(model, lambda: run_probe(model), stack) if stack else 0
+    stacks = replace_layers(model, lambda: run_probe(model), stack) if stack else []
+    straight = None
+    if isinstance(stack, NativeLayers):
+        straight = find_straight_model(model, lambda: run_probe(model), stacks, stack)
     shapes = frozenset((group.members[0].in_features, tuple(group.sizes)) for group in groups)
     num_layers = sum(len(group.members) for group in groups)
-    return Optimised(len(groups), num_layers, num_blocks, num_mlps, num_norms, num_decoders, shapes)
+    num_decoders = sum(len(parts) for _, parts in stacks)
+    return Optimised(len(groups), num_layers, num_blocks, num_mlps, num_norms, num_decoders, shapes, straight)
 
 
 def _leave_the_file(model: nn.Module) -> None:

@@ -155,15 +155,21 @@ class ModelRunner:
         if self.uses_kernels:
             replayed = None if self.graphs is None else self.graphs.run(batch, last)
             return self._device_step().run(batch, last) if replayed is None else replayed
-        attention: AttentionStep
-        if self.is_native:
-            attention = NativeAttention(self.cache, batch.cache_positions, batch.spans)
-        else:
-            self.cache.zero(batch.new_blocks)
-            attention = PagedAttention(self.cache, batch.cache_positions, batch.groups)
+        ids = with_tokens(batch.input_ids, last)
         with torch.inference_mode(), self.router.use(batch.route, batch.head_route):
+            attention: AttentionStep
+            if self.is_native:
+                attention = NativeAttention(self.cache, batch.cache_positions, batch.spans)
+                straight = self.optimised.straight
+                if straight is not None:
+                    logits = straight.run(ids, batch.position_ids, batch.last_rows, attention)
+                    if logits is not None:
+                        return logits
+            else:
+                self.cache.zero(batch.new_blocks)
+                attention = PagedAttention(self.cache, batch.cache_positions, batch.groups)
             output = self.model(
-                input_ids=with_tokens(batch.input_ids, last),
+                input_ids=ids,
                 position_ids=batch.position_ids,
                 use_cache=False,
                 logits_to_keep=batch.last_rows,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_core.native.small import native_maxima
 from server.engine.adjust import adjust_logits, needs_adjusting
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.transfers import Fetch, upload
@@ -74,11 +75,13 @@ def draw(
         requests: the N requests; their sampling parameters, seeds and positions decide.
         eos_token_ids: tokens that end a sequence, for `min_tokens`.
     """
-    logits = logits.float()
-    peaks, tokens = _maxima(logits)  # NaN and +inf end up in the peaks
-    is_finite = peaks.isfinite()
     drawn = [i for i, request in enumerate(requests) if request.sampling.temperature > 0]
     adjusted = [i for i, request in enumerate(requests) if needs_adjusting(request)]
+    found = native_maxima(logits)
+    if found is None or drawn or adjusted or any(request.sampling.logprobs for request in requests):
+        logits = logits.float()
+    peaks, tokens = found or _maxima(logits)  # NaN and +inf end up in the peaks
+    is_finite = peaks.isfinite()
     if adjusted:
         known = is_finite.tolist()
         adjusted = [i for i in adjusted if known[i]]

@@ -55,7 +55,12 @@ PARTS: Sequence[tuple[str, Any, str]] = (
 )
 REST = "other operators, Python"
 # The same of what C does of a layer in one call, as C itself counts it.
-NATIVE_PARTS = {"products": "base products", "adapters": "adapters", "attention": "attention and cache"}
+NATIVE_PARTS = {
+    "products": "base products",
+    "adapters": "adapters",
+    "attention": "attention and cache",
+    "others": "norms and gates",
+}
 
 
 class Account:
@@ -209,7 +214,7 @@ def measure(
     measured = f"{1e3 * median_s:6.1f} ms (best {1e3 * totals[0]:.1f}, {len(totals)} steps)"
     print(f"{kind:6} {measured}   floor {1e3 * floor_s:.1f} ms   ratio {median_s / floor_s:.2f}")
     mean_s = sum(totals) / len(totals)
-    for part in (*dict.fromkeys(part for part, _, _ in PARTS), REST):
+    for part in dict.fromkeys([*(part for part, _, _ in PARTS), *NATIVE_PARTS.values(), REST]):
         seconds = sum(step.get(part, 0.0) for step in account.steps) / len(account.steps)
         print(f"       {part:26} {1e3 * seconds:6.1f} ms  {seconds / mean_s:5.0%}")
 

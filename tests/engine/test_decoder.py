@@ -1,5 +1,7 @@
 """Decoder layers in one call of C: the bits of the model's own code with the same parts, and the way back to it."""
 
+import dataclasses
+import functools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -128,6 +130,7 @@ def count_calls(stack: DecoderStack, monkeypatch: pytest.MonkeyPatch) -> list[in
 def test_layers_of_other_kinds_stay_as_they_are(architecture: str) -> None:
     runner = make_runner(architecture)
     assert runner.optimised.num_decoders == 0
+    assert runner.optimised.straight is None
     assert not stacks(runner)
 
 
@@ -169,6 +172,84 @@ def test_products_that_are_not_c_s_are_done_in_between(monkeypatch: pytest.Monke
     steps = batches(requests())
     ours = logits(runner, steps)
     assert all(map(torch.equal, ours, without_stacks(runner, steps, monkeypatch)))
+
+
+@pytest.mark.parametrize("architecture", FUSED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_way_past_the_models_own_code_gives_the_same_bits(
+    architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = make_runner(architecture, dtype)
+    straight = runner.optimised.straight
+    assert straight is not None
+    runs: list[Tensor | None] = []
+    run = straight.run
+    monkeypatch.setattr(straight, "run", lambda *args: runs.append(run(*args)) or runs[-1])
+    # A prompt's last token is computed to the end, and no token of a part that is not its last.
+    made = requests()
+    cut = Chunk(made[1], 0, len(made[1].prompt_ids) - 3)
+    steps = [*batches(made), build_batch(Step([cut], []), BLOCK, torch.device("cpu"), spans_only=True)]
+    assert not len(steps[-1].last_rows)
+    ours = logits(runner, steps)
+    assert [None if own is None else own.shape for own in runs] == [own.shape for own in ours]
+    runner.optimised = dataclasses.replace(runner.optimised, straight=None)
+    assert all(map(torch.equal, ours, logits(runner, steps)))
+    assert len(runs) == len(steps)
+
+
+def test_products_that_are_not_c_s_get_only_the_rows_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SharedLinears, "native", property(lambda _: None))
+    runner = make_runner()
+    steps = batches(requests())
+    rows: list[int] = []
+    multiply = SharedLinears.multiply
+    monkeypatch.setattr(SharedLinears, "multiply", lambda own, x: rows.append(len(x)) or multiply(own, x))
+    runner.forward(steps[1])
+    num_tokens, num_wanted = steps[1].input_ids.shape[1], len(steps[1].last_rows)
+    assert rows[: 4 * NUM_LAYERS] == [num_tokens] * (4 * NUM_LAYERS - 3) + [num_wanted] * 3
+    assert num_wanted < num_tokens
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_code_between_the_modules_is_not_passed_by(in_place: bool) -> None:
+    def double(model: Any) -> None:
+        forward = model.forward
+
+        @functools.wraps(forward)
+        def doubled(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            output.logits = output.logits.mul_(2) if in_place else output.logits * 2
+            return output
+
+        model.forward = doubled
+
+    runner = make_runner(change=double)
+    assert runner.optimised.num_decoders == NUM_LAYERS
+    assert runner.optimised.straight is None
+
+
+@pytest.mark.parametrize("name", ["norm", "embed_tokens"])
+def test_what_an_adapter_puts_in_a_modules_place_is_called(name: str) -> None:
+    runner = make_runner()
+    steps = batches(requests())
+    before = logits(runner, steps)
+    model: Any = runner.model
+    own = getattr(model.model, name)
+    setattr(model.model, name, Negative(own))
+    ours = logits(runner, steps)
+    runner.optimised = dataclasses.replace(runner.optimised, straight=None)
+    assert all(map(torch.equal, ours, logits(runner, steps)))
+    assert not torch.equal(ours[1], before[1])
+
+
+class Negative(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = -self.module(x)
+        return out
 
 
 def test_layers_that_somebody_listens_to_stay_as_they_are() -> None:

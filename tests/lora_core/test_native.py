@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lora_core import Route, Run, SlotBank, native
 from lora_core.maths import Folded
 from lora_core.native.linear import NativeInt4Weight, NativeWeight
-from lora_core.native.small import native_rms_norm, native_silu_gate
+from lora_core.native.small import native_maxima, native_rms_norm, native_silu_gate
 from lora_core.ops import reference
 from lora_core.ops.native import NativeGroup
 from lora_core.slots import LayerSlots
@@ -236,6 +236,30 @@ def test_small_operators(dtype: torch.dtype) -> None:
             torch.testing.assert_close(gated.double(), F.silu(gate) * up, **CLOSE[dtype])
         assert native_rms_norm(torch.randn(4, 6).T, torch.ones(4), 1e-5) is None
         assert native_silu_gate(torch.randn(4, 6).double()) is None
+
+
+@DTYPES
+@pytest.mark.usefixtures("c_only")
+@pytest.mark.parametrize("size", [1, 7, 8, 33, 4_000])
+def test_maxima_of_rows(dtype: torch.dtype, size: int) -> None:
+    x = torch.randn(40, size).to(dtype)
+    x[5] = x[6] = -torch.inf
+    x[6, size // 2] = torch.inf
+    for row in range(10, 30):  # equals, at any places
+        x[row, torch.randint(size, (5,))] = x[row].max()
+    x[30:35] = 0
+    x[35, random.randrange(size)] = torch.nan
+    found = native_maxima(x)
+    assert found is not None
+    peaks, places = found
+    assert peaks.dtype == torch.float32
+    assert peaks[35].isnan()
+    others = torch.arange(40) != 35
+    assert torch.equal(peaks[others], x.float().amax(1)[others])
+    first = (x == x.amax(1, keepdim=True)).int().argmax(1)
+    assert torch.equal(places[others], first[others])
+    assert native_maxima(x.T) is None or size == 1
+    assert native_maxima(x.double()) is None
 
 
 def test_without_a_compiler_pytorch_serves_and_says_so(
