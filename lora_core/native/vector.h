@@ -48,7 +48,16 @@ INLINE vec all(float x) { return x - (vec){0}; }
 
 INLINE vec pick(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
 
-INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); }
+// b where one is not a number.
+INLINE vec larger(vec a, vec b) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__) && VL == 8
+    return (vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return pick(a > b, a, b);
+#endif
+}
 
 #ifdef FLOAT32
 typedef float T;
