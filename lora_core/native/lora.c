@@ -134,43 +134,69 @@ INLINE vec vector_sum(const Tile *t, const T *table, int is_gain, int64_t column
     return out;
 }
 
-// y += gain·(y - bias0) + sums + bias for a vector of a tile's columns, of which `left` are there; sums lie
-// `ld` floats apart.
-INLINE void finish_columns(int64_t rows, const Tile *t, int64_t column, int n, const float *sums, int64_t ld) {
-    vec gain = t->has_gain ? vector_sum(t, t->layer->gain, 1, column, n) : all(0);
-    vec bias = t->has_bias ? vector_sum(t, t->layer->bias, 0, column, n) : all(0);
-    vec bias0 = t->has_gain && t->base_bias ? load_part(t->base_bias + column, n) : all(0);
-    for (int64_t i = 0; i < rows; i++) {
-        T *y = t->y + t->plan->rows[t->first + i] * t->ldy + t->layer->column + column;
-        vec old = load_part(y, n);
-        vec out = old + load_float(sums + i * ld) + bias;
-        if (t->has_gain)
-            out += gain * (old - bias0);
-        store_part(y, out, n);
+// What rows of a tile's group have in common in columns [column, column + size): sums of gains and of biases, as floats.
+typedef struct {
+    float gain[MAX_STRIP], bias[MAX_STRIP];
+} Vectors;
+
+static void add_up(const Tile *t, int64_t column, int64_t size, Vectors *out) {
+    for (int64_t c = 0; c < size && (t->has_gain || t->has_bias); c += VL) {
+        int n = size - c < VL ? size - c : VL;
+        store_float(out->gain + c, t->has_gain ? vector_sum(t, t->layer->gain, 1, column + c, n) : all(0));
+        store_float(out->bias + c, t->has_bias ? vector_sum(t, t->layer->bias, 0, column + c, n) : all(0));
     }
 }
 
-static void finish(int64_t rows, const Tile *t, int64_t column, int64_t left, const float *sums, int64_t ld) {
-    if (left >= VL)
-        finish_columns(rows, t, column, VL, sums, ld);
-    else
-        finish_columns(rows, t, column, left, sums, ld);
+// y += gain·(y - bias0) + sums + bias for n columns of a row.
+INLINE void finish_vector(int has_gain, int has_bias, T *y, const float *sums, const float *gain, const float *bias,
+                          const T *bias0, int n) {
+    vec old = load_part(y, n), out = old + load_float(sums);
+    if (has_bias)
+        out += load_float(bias);
+    if (has_gain)
+        out += load_float(gain) * (bias0 ? old - load_part(bias0, n) : old);
+    store_part(y, out, n);
+}
+
+INLINE void finish_row(int has_gain, int has_bias, T *y, const float *sums, const Vectors *vectors, const T *bias0,
+                       int64_t size) {
+    int64_t c = 0;
+    for (; c + VL <= size; c += VL)
+        finish_vector(has_gain, has_bias, y + c, sums + c, vectors->gain + c, vectors->bias + c, bias0 ? bias0 + c : 0, VL);
+    if (c < size)
+        finish_vector(has_gain, has_bias, y + c, sums + c, vectors->gain + c, vectors->bias + c, bias0 ? bias0 + c : 0,
+                      size - c);
+}
+
+// Rows of a tile, columns [column, column + size); sums lie `ld` floats apart.
+static void finish(int64_t rows, const Tile *t, int64_t column, int64_t size, const float *sums,
+                   int64_t ld, const Vectors *vectors) {
+    const T *bias0 = t->base_bias ? t->base_bias + column : 0;
+    for (int64_t i = 0; i < rows; i++, sums += ld) {
+        T *y = t->y + t->plan->rows[t->first + i] * t->ldy + t->layer->column + column;
+        if (t->has_gain)
+            finish_row(1, 1, y, sums, vectors, bias0, size);
+        else if (t->has_bias)
+            finish_row(0, 1, y, sums, vectors, bias0, size);
+        else
+            finish_row(0, 0, y, sums, vectors, bias0, size);
+    }
 }
 
 // sums [rows, size] += h [rows, rank] · b [rank, ...]. Eight rank rows are eight streams, read ahead of their use.
 INLINE void add_rows(int rows, int64_t rank, const float *h, int64_t ldh, const T *b, int64_t ldb, float *sums,
                      int64_t ld, int64_t size) {
-    int64_t r = 0;
+    int64_t r = 0, parts = rows > 2 ? 2 : 4; // enough sums are under way, and enough registers hold them
     for (; r < rank; r += rank - r >= RANK_BLOCK ? RANK_BLOCK : 1) {
         const T *own = b + r * ldb;
         int64_t c = 0;
         if (rank - r >= RANK_BLOCK) {
-            for (; c + PANEL <= size; c += PANEL) {
+            for (; c + parts * VL <= size; c += parts * VL) {
                 if (c * sizeof(T) % LINE == 0)
 #pragma GCC unroll 8
                     for (int ahead = RANK_BLOCK; ahead < 2 * RANK_BLOCK; ahead++)
                         __builtin_prefetch(own + ahead * ldb + c);
-                product(rows, 2, VL, 1, h + r, ldh, own + c, ldb, RANK_BLOCK, 0, sums + c, ld);
+                product(rows, rows > 2 ? 2 : 4, VL, 1, h + r, ldh, own + c, ldb, RANK_BLOCK, 0, sums + c, ld);
             }
             for (; c < size; c += VL)
                 product(rows, 1, size - c < VL ? size - c : VL, 1, h + r, ldh, own + c, ldb, RANK_BLOCK, 0, sums + c, ld);
@@ -202,8 +228,9 @@ static void expand(int64_t rows, const Tile *t, int64_t column, int64_t stop) {
             FOR_6_ROWS(CASE)
         }
     }
-    for (int64_t c = column; c < stop; c += VL)
-        finish(rows, t, c, stop - c, sums + c - column, MAX_STRIP);
+    Vectors vectors;
+    add_up(t, column, stop - column, &vectors);
+    finish(rows, t, column, stop - column, sums, MAX_STRIP, &vectors);
 }
 
 #undef CASE
@@ -248,13 +275,9 @@ static void expand_many(int64_t rows, const Tile *t, int64_t column, int64_t sto
                     add_panel(rows, h + t->shrunk->place[e] + r, width, wide + j, ranks, sums + j);
             }
         }
-        for (int64_t i = 0; i < rows; i += MANY_ROWS) {
-            Tile some = *t;
-            some.first += i;
-            for (int64_t j = 0; j < size; j += VL)
-                finish(rows - i < MANY_ROWS ? rows - i : MANY_ROWS, &some, c + j, size - j, sums + i * LINE_COLUMNS + j,
-                       LINE_COLUMNS);
-        }
+        Vectors vectors;
+        add_up(t, c, size, &vectors);
+        finish(rows, t, c, size, sums, LINE_COLUMNS, &vectors);
     }
 }
 
