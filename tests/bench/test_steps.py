@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from server.engine import EngineConfig, load_runner
-from tests.bench.steps import PARTS, REST, Account, load_adapters, run_streams
+from tests.bench.steps import NATIVE_PARTS, PARTS, REST, Account, load_adapters, run_streams
 from tests.tiny_folder import write_tiny_folder
 
 ROWS, CONTEXT = 4, 24
@@ -24,6 +24,8 @@ def test_every_part_of_a_decode_step_is_accounted_for(tmp_path: Path, kind: str)
     asyncio.run(run_streams(runner, kind, ROWS, CONTEXT, account, num_threads=torch.get_num_threads()))
     assert len(account.steps) > ROWS
     wanted = {part for part, _, _ in PARTS} | {REST}
+    if runner.optimised.num_decoders:
+        wanted |= set(NATIVE_PARTS.values())
     if kind == "base":
         wanted.discard("adapters")
     for step in account.steps:
