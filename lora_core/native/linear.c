@@ -112,8 +112,10 @@ typedef struct {
     int64_t small, larger_rows; // rows of a small tile; rows in all larger ones
 } Tiling;
 
+INLINE int64_t tiles_of(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
+
 INLINE Tiling tiling_of(int64_t rows) {
-    int64_t tiles = (rows + ROWS - 1) / ROWS, small = rows / tiles;
+    int64_t tiles = tiles_of(rows), small = rows / tiles;
     return (Tiling){small, rows % tiles * (small + 1)};
 }
 
@@ -125,21 +127,22 @@ INLINE int64_t tile_start(Tiling tiling, int64_t r) {
     return r < larger ? r - r % (tiling.small + 1) : r - (r - larger) % tiling.small;
 }
 
-#define TILE(rows)                                                                                                    \
-    static __attribute__((noinline)) void tile_##rows(Rows x, Panels w, const T *bias, T *y, int64_t G, int64_t O,                 \
+// Each in a function of its own, whose registers gcc gives to nothing else.
+#define TILE(rows)                                                                                                     \
+    static __attribute__((noinline)) void tile_##rows(Rows x, Panels w, const T *bias, T *y, int64_t G, int64_t O,     \
                                                       int64_t column, const char *next, int64_t share) {               \
         tile(rows, 1, x, w, bias, y, G, O, column, next, share);                                                       \
     }
 FOR_ROWS(TILE)
 #define CASE(rows)                                                                                                     \
     case rows:                                                                                                         \
-        tile_##rows(own, w, bias, y + first * O, G, O, column, next, share);                                         \
+        tile_##rows(own, w, bias, y + first * O, G, O, column, next, share);                                           \
         break;
 
 // A block of rows x one panel.
 static void panel(int64_t rows, Rows x, Panels w, const T *bias, T *y, int64_t G, int64_t O, int64_t column) {
     Tiling tiling = tiling_of(rows);
-    int64_t size, share = STEPS * PANEL * sizeof(Unit) / ((rows + ROWS - 1) / ROWS);
+    int64_t size, share = STEPS * PANEL * sizeof(Unit) / tiles_of(rows);
     const char *next = (const char *)(w.units + G * STEPS * PANEL); // each tile fetches its share of the next panel
     for (int64_t first = 0; first < rows; first += size, next += G * share) {
         Rows own = {x.units + first * G * STEPS, x.worth + first * G};

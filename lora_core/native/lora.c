@@ -2,6 +2,7 @@
 //
 // Rows that want the same are a group. Each adapter's numbers are read once, where they lie in the arenas, for all rows
 // that want it; no row reads another's. Between the two products a row has ΣR floats for each layer.
+#include "dots.h"
 #include "functions.h"
 #include "product.h"
 #include "scratch.h"
@@ -10,8 +11,7 @@
 #define RANK_BLOCK 8   // rank rows, likewise
 #define MAX_STRIP 384  // and at most so many columns, a multiple of PANEL
 #define MIN_WORK 50000 // multiplications below which a second thread does not pay
-#define LINE 64        // bytes that come from memory together
-#define LINE_COLUMNS 32 // of y that such a line has at most, whole panels
+#define LINE_COLUMNS 32 // that a line of memory has at most, whole panels
 #define MANY_ROWS 16   // of a group, from which its numbers are brought together first
 #define MAX_RANKS 64   // that are brought together at a time
 #define TILE (MAX_TILE < 6 ? MAX_TILE : 6) // rows that expand together
@@ -21,81 +21,6 @@ typedef struct {
     float **begin;
     int64_t *width, *place;
 } Shrunk;
-
-// xs rows x as rank rows, together 1, 2, 4 or 8 products.
-INLINE void dots(int xs, int as, const float *x, int64_t I, const T *a, float weight, float *h, int64_t ldh) {
-    vec sums[8];
-    float rest[8] = {0}, found[8];
-#pragma GCC unroll 8
-    for (int d = 0; d < xs * as; d++)
-        sums[d] = all(0);
-    int64_t k = 0;
-    for (; k + VL <= I; k += VL) {
-        vec own[4];
-        if (k * sizeof(T) % LINE == 0)
-#pragma GCC unroll 4
-            for (int j = 0; j < as; j++)
-                __builtin_prefetch(a + (as + j) * I + k); // the next rank rows
-#pragma GCC unroll 4
-        for (int j = 0; j < as; j++)
-            own[j] = load(a + j * I + k);
-#pragma GCC unroll 4
-        for (int i = 0; i < xs; i++) {
-            vec row = load_float(x + i * I + k);
-#if VL == 8
-            asm("" : "+x"(row)); // once, into a register
-#endif
-#pragma GCC unroll 4
-            for (int j = 0; j < as; j++)
-                sums[i * as + j] += row * own[j];
-        }
-    }
-    for (; k < I; k++)
-        for (int i = 0; i < xs; i++)
-            for (int j = 0; j < as; j++)
-                rest[i * as + j] += x[i * I + k] * get(a + j * I + k);
-    int d = 0;
-#pragma GCC unroll 2
-    for (; d + 4 <= xs * as; d += 4) {
-        quad four = sums_of_four(sums + d);
-        memcpy(found + d, &four, sizeof four);
-    }
-#pragma GCC unroll 3
-    for (; d < xs * as; d++)
-        found[d] = sum(sums[d]);
-#pragma GCC unroll 4
-    for (int i = 0; i < xs; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < as; j++)
-            h[i * ldh + j] = weight * (found[i * as + j] + rest[i * as + j]);
-}
-
-// Some rows x some rank rows of one adapter.
-static void shrink(int64_t rows, int64_t rank, const float *x, int64_t I, const T *a, float weight, float *h,
-                   int64_t ldh) {
-    int64_t i = 0;
-    for (; i + 4 <= rows; i += 4) {
-        int64_t j = 0;
-        for (; j + 2 <= rank; j += 2)
-            dots(4, 2, x + i * I, I, a + j * I, weight, h + i * ldh + j, ldh);
-        if (j < rank)
-            dots(4, 1, x + i * I, I, a + j * I, weight, h + i * ldh + j, ldh);
-    }
-    for (; i + 2 <= rows; i += 2) {
-        int64_t j = 0;
-        for (; j + 4 <= rank; j += 4)
-            dots(2, 4, x + i * I, I, a + j * I, weight, h + i * ldh + j, ldh);
-        for (; j < rank; j++)
-            dots(2, 1, x + i * I, I, a + j * I, weight, h + i * ldh + j, ldh);
-    }
-    if (i < rows) {
-        int64_t j = 0;
-        for (; j + 4 <= rank; j += 4)
-            dots(1, 4, x + i * I, I, a + j * I, weight, h + i * ldh + j, ldh);
-        for (; j < rank; j++)
-            dots(1, 1, x + i * I, I, a + j * I, weight, h + i * ldh + j, ldh);
-    }
-}
 
 // A tile's rows are a group's, from `first` on in the order of `rows`; its columns are the layer's.
 typedef struct {
@@ -169,8 +94,8 @@ INLINE void finish_row(int has_gain, int has_bias, T *y, const float *sums, cons
 }
 
 // Rows of a tile, columns [column, column + size); sums lie `ld` floats apart.
-static void finish(int64_t rows, const Tile *t, int64_t column, int64_t size, const float *sums,
-                   int64_t ld, const Vectors *vectors) {
+static void finish(int64_t rows, const Tile *t, int64_t column, int64_t size, const float *sums, int64_t ld,
+                   const Vectors *vectors) {
     const T *bias0 = t->base_bias ? t->base_bias + column : 0;
     for (int64_t i = 0; i < rows; i++, sums += ld) {
         T *y = t->y + t->plan->rows[t->first + i] * t->ldy + t->layer->column + column;
@@ -186,7 +111,8 @@ static void finish(int64_t rows, const Tile *t, int64_t column, int64_t size, co
 // sums [rows, size] += h [rows, rank] · b [rank, ...]. Eight rank rows are eight streams, read ahead of their use.
 INLINE void add_rows(int rows, int64_t rank, const float *h, int64_t ldh, const T *b, int64_t ldb, float *sums,
                      int64_t ld, int64_t size) {
-    int64_t r = 0, parts = rows > 2 ? 2 : 4; // enough sums are under way, and enough registers hold them
+    enum { FEW_ROWS = 2 }; // of which a whole line of b is read at a time: enough sums are under way
+    int64_t r = 0, parts = rows > FEW_ROWS ? 2 : LINE_COLUMNS / VL;
     for (; r < rank; r += rank - r >= RANK_BLOCK ? RANK_BLOCK : 1) {
         const T *own = b + r * ldb;
         int64_t c = 0;
@@ -196,7 +122,7 @@ INLINE void add_rows(int rows, int64_t rank, const float *h, int64_t ldh, const 
 #pragma GCC unroll 8
                     for (int ahead = RANK_BLOCK; ahead < 2 * RANK_BLOCK; ahead++)
                         __builtin_prefetch(own + ahead * ldb + c);
-                product(rows, rows > 2 ? 2 : 4, VL, 1, h + r, ldh, own + c, ldb, RANK_BLOCK, 0, sums + c, ld);
+                product(rows, rows > FEW_ROWS ? 2 : LINE_COLUMNS / VL, VL, 1, h + r, ldh, own + c, ldb, RANK_BLOCK, 0, sums + c, ld);
             }
             for (; c < size; c += VL)
                 product(rows, 1, size - c < VL ? size - c : VL, 1, h + r, ldh, own + c, ldb, RANK_BLOCK, 0, sums + c, ld);
