@@ -112,7 +112,8 @@ static void finish(int64_t rows, const Tile *t, int64_t column, int64_t size, co
 INLINE void add_rows(int rows, int64_t rank, const float *h, int64_t ldh, const T *b, int64_t ldb, float *sums,
                      int64_t ld, int64_t size) {
     enum { FEW_ROWS = 2 }; // of which a whole line of b is read at a time: enough sums are under way
-    int64_t r = 0, parts = rows > FEW_ROWS ? 2 : LINE_COLUMNS / VL;
+    const int parts = rows > FEW_ROWS ? 2 : LINE_COLUMNS / VL;
+    int64_t r = 0;
     for (; r < rank; r += rank - r >= RANK_BLOCK ? RANK_BLOCK : 1) {
         const T *own = b + r * ldb;
         int64_t c = 0;
@@ -122,7 +123,7 @@ INLINE void add_rows(int rows, int64_t rank, const float *h, int64_t ldh, const 
 #pragma GCC unroll 8
                     for (int ahead = RANK_BLOCK; ahead < 2 * RANK_BLOCK; ahead++)
                         __builtin_prefetch(own + ahead * ldb + c);
-                product(rows, rows > FEW_ROWS ? 2 : LINE_COLUMNS / VL, VL, 1, h + r, ldh, own + c, ldb, RANK_BLOCK, 0, sums + c, ld);
+                product(rows, parts, VL, 1, h + r, ldh, own + c, ldb, RANK_BLOCK, 0, sums + c, ld);
             }
             for (; c < size; c += VL)
                 product(rows, 1, size - c < VL ? size - c : VL, 1, h + r, ldh, own + c, ldb, RANK_BLOCK, 0, sums + c, ld);

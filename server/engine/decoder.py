@@ -168,15 +168,14 @@ class DecoderStack(Places):
             num_left: rows behind the last layer's attention; the head route's, if these are not all.
         """
         route = self._router.route
-        routes = [(route, num_rows)] * len(self._products)
-        if num_left < num_rows:
-            routes[1 - NUM_PRODUCTS :] = [(self._router.head_route, num_left)] * (NUM_PRODUCTS - 1)
         is_base = route is None or route.is_base
         layouts = [] if is_base else [layout for adapters in self._adapters for layout in adapters.layouts]
-        now = routes[0], routes[-1]
-        if now == self._routes and layouts == self._layouts:
+        first = route, num_rows
+        last = (self._router.head_route, num_left) if num_left < num_rows else first
+        if (first, last) == self._routes and layouts == self._layouts:
             return
-        self._routes, self._layouts = now, layouts
+        self._routes, self._layouts = (first, last), layouts
+        routes = [first] * (len(self._products) - NUM_PRODUCTS + 1) + [last] * (NUM_PRODUCTS - 1)
         for product, adapters, (own, count) in zip(self._products, self._adapters, routes, strict=True):
             product.plan = None if own is None or own.is_base else adapters.plan(own, count)
 
