@@ -55,9 +55,10 @@ def check_lorax(url: str, expected: dict[str, list], mixed: list) -> None:
     async def streamed() -> str:
         async_client = lorax.AsyncClient(url, timeout=60)
         stream = async_client.generate_stream(PROMPT, adapter_id="dora", max_new_tokens=5, ignore_eos_token=True)
-        return "".join([event.token.text async for event in stream])
+        return "".join([event.token.text async for event in stream if not event.token.special])
 
-    assert expected["dora"][1].startswith(asyncio.run(streamed()))
+    text = asyncio.run(streamed())  # the generated text has no special tokens; random weights may make some
+    assert expected["dora"][1].startswith(text), (expected["dora"][1], text)
 
 
 def check_text_generation(url: str, expected: dict[str, list]) -> None:
