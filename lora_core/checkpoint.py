@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from lora_core.config import CONFIG_NAME, LoraConfig
@@ -40,7 +39,7 @@ __all__ = [
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # How the end of a key names a part of LoraTensors. PEFT before 0.12 wrote the magnitude with `.weight`.
 PARTS = {
@@ -94,8 +93,12 @@ def read_files(folder: str | Path) -> tuple[bytes, bytes]:
     return (folder / CONFIG_NAME).read_bytes(), (folder / WEIGHTS_NAME).read_bytes()
 
 
-def parse_adapter(config_json: bytes, weights: bytes) -> AdapterWeights:
-    """Build an adapter from the contents of its two files; errors as in `load_adapter`."""
+def parse_adapter(config_json: bytes, weights: bytes | memoryview) -> AdapterWeights:
+    """Build an adapter from the contents of its two files; errors as in `load_adapter`.
+
+    Args:
+        weights: a memoryview, which must allow writing, is not copied, but becomes the tensors' memory.
+    """
     config = LoraConfig.from_json(config_json)
     config.require_plain()
     for field in UNSERVED:
@@ -119,15 +122,25 @@ def parse_adapter(config_json: bytes, weights: bytes) -> AdapterWeights:
     return AdapterWeights(config, loras, base_weights, full, frozenset(embeddings))
 
 
-def _load(weights: bytes) -> dict[str, Tensor]:
-    """Tensors by key; the file's header is checked before the library sees it."""
-    for info in read_header(memoryview(weights), len(weights)).values():
+def _load(weights: bytes | memoryview) -> dict[str, Tensor]:
+    """Tensors by key, in one piece of memory: that of a memoryview."""
+    memory = weights if isinstance(weights, memoryview) else memoryview(bytearray(weights))
+    header = read_header(memory, len(memory))
+    first = len(memory) - max(info.end for info in header.values())
+    out = {}
+    for name, info in header.items():
         if info.dtype not in FLOATS:
-            raise CheckpointError(f"tensor {info.name!r} has dtype {info.dtype}; adapters hold floats")
-    try:
-        return load(weights)
-    except SafetensorError as error:
-        raise CheckpointError(f"the safetensors file cannot be read: {error}") from None
+            raise CheckpointError(f"tensor {name!r} has dtype {info.dtype}; adapters hold floats")
+        start, dtype = first + info.start, FLOATS[info.dtype]
+        if info.start == info.end:
+            tensor = torch.empty(0, dtype=dtype)
+        elif start % dtype.itemsize:
+            tensor = torch.frombuffer(bytearray(memory[start : first + info.end]), dtype=dtype)
+        else:
+            count = (info.end - info.start) // dtype.itemsize
+            tensor = torch.frombuffer(memory, dtype=dtype, offset=start, count=count)
+        out[name] = tensor.view(info.shape)
+    return out
 
 
 def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:

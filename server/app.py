@@ -147,7 +147,7 @@ def build_server(settings: Settings, report: Report = logger.info) -> Server:
     )
 
     def read(digest: str) -> FoldedAdapter:
-        return loader.fold(*store.read(digest))
+        return store.read(digest, loader.fold)
 
     max_slot_bytes, max_host_bytes = _adapter_memory(settings, device)
     report(f"adapters: {max_slot_bytes >> 20} MiB in slots, {max_host_bytes >> 20} MiB in host memory")

@@ -63,8 +63,8 @@ class AdapterLoader:
         self._flatten_for = flatten_for
         self._work = side_work_for(next(model.parameters()).device) if work is None else work
 
-    def fold(self, config_json: bytes, weights: bytes) -> FoldedAdapter:
-        """Make an adapter ready for a slot.
+    def fold(self, config_json: bytes, weights: bytes | memoryview) -> FoldedAdapter:
+        """Make an adapter ready for a slot; a memoryview is not copied first.
 
         Raises:
             InvalidAdapterError: it is malformed or does not fit the model.
@@ -124,7 +124,7 @@ class AdapterLoader:
             raise InvalidAdapterError(message, code="adapter_rank_too_large")
 
     @staticmethod
-    def _parse(config_json: bytes, weights: bytes) -> AdapterWeights:
+    def _parse(config_json: bytes, weights: bytes | memoryview) -> AdapterWeights:
         try:
             return parse_adapter(config_json, weights)
         except LoraError as error:

@@ -11,9 +11,13 @@ import shutil
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
 
 from server.durable import rename, sync_folder
 from server.errors import NotFoundError, ServerError, UnavailableError
@@ -25,6 +29,7 @@ __all__ = [
     "INITIAL_NAME",
     "PICKLE_NAME",
     "PICKLE_REFUSAL",
+    "PIECE_BYTES",
     "WEIGHTS_NAME",
     "ObjectFolder",
     "digest_of",
@@ -33,6 +38,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+PIECE_BYTES = 8 << 20
 # lora_core's names, repeated: what only moves files need not import torch.
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -112,21 +120,31 @@ class ObjectFolder:
             self._holds[digest] -= 1
         self._unuse(digest)
 
-    def read(self, digest: str) -> tuple[bytes, bytes]:
-        """The configuration's and the weights' bytes, checked against the digest.
+    def read(self, digest: str, use: Callable[[bytes, memoryview], T]) -> T:
+        """What `use` makes of the configuration's and the weights' bytes, which it must leave as they are.
+
+        They are compared with the digest meanwhile, on another core: that takes as long as reading them.
 
         Raises:
-            UnavailableError: code `adapter_corrupt`, a file is damaged or missing.
+            UnavailableError: code `adapter_corrupt`, a file is damaged or missing, whatever `use` says of it.
         """
-        try:
-            config, weights = ((self.root / digest / file_name).read_bytes() for file_name in FILE_NAMES)
-        except OSError as error:
-            logger.error("the files of adapter %s cannot be read: %s", digest, error)
-            raise UnavailableError("the adapter's files cannot be read", code="adapter_corrupt") from error
-        if _pair_digest(hashlib.sha256(config).digest(), hashlib.sha256(weights).digest()) != digest:
-            logger.error("the files of adapter %s are damaged", digest)
-            raise UnavailableError("the adapter's files are damaged", code="adapter_corrupt")
-        return config, weights
+        config_hash, weights_hash = hashlib.sha256(), hashlib.sha256()
+        folder = self.root / digest
+        with ThreadPoolExecutor(1, "digest") as beside:
+            try:
+                config = (folder / CONFIG_NAME).read_bytes()
+                config_hash.update(config)
+                weights = _contents(folder / WEIGHTS_NAME, weights_hash.update, beside)
+            except OSError as error:
+                logger.error("the files of adapter %s cannot be read: %s", digest, error)
+                raise UnavailableError("the adapter's files cannot be read", code="adapter_corrupt") from error
+            found = beside.submit(lambda: _pair_digest(config_hash.digest(), weights_hash.digest()))  # the last one
+            try:
+                return use(config, weights)
+            finally:
+                if found.result() != digest:
+                    logger.error("the files of adapter %s are damaged", digest)
+                    raise UnavailableError("the adapter's files are damaged", code="adapter_corrupt")
 
     def check_integrity(self, pointed_to: Counter[str], *, has_strays: bool) -> None:
         """Assert that the counts are those of `pointed_to` and the holds, and the folders those of the counts."""
@@ -162,6 +180,16 @@ def digest_of(folder: Path) -> str:
         with (folder / name).open("rb") as file:
             hashes.append(hashlib.file_digest(file, "sha256").digest())
     return _pair_digest(*hashes)
+
+
+def _contents(path: Path, update: Callable[[memoryview], None], beside: Executor) -> memoryview:
+    """A file's bytes, each piece of which is given to `update` on the other thread as soon as it is there."""
+    with path.open("rb", buffering=0) as file:
+        contents, end = np.empty(os.fstat(file.fileno()).st_size, np.uint8).data, 0
+        while num_read := file.readinto(contents[end : end + PIECE_BYTES]):
+            beside.submit(update, contents[end : end + num_read])
+            end += num_read
+    return contents[:end]
 
 
 def remove(path: Path) -> None:

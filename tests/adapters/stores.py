@@ -32,8 +32,13 @@ def publish(
         return store.publish(name, folder, details or {}, Publication(**options))
 
 
+def read(store: AdapterStore, digest: str) -> tuple[bytes, bytes]:
+    """Configuration and weights of an object."""
+    return store.read(digest, lambda config, weights: (config, bytes(weights)))
+
+
 def weights_of(store: AdapterStore, reference: str) -> str:
-    return store.read(store.get(reference).digest)[1].decode()
+    return read(store, store.get(reference).digest)[1].decode()
 
 
 def objects(root: Path) -> set[str]:

@@ -19,6 +19,7 @@ from server.errors import InvalidRequestError, NotFoundError, UnavailableError
 from server.failpoints import ENVIRONMENT_VARIABLE, FAILPOINTS
 from tests.adapters.churn import NAMES, TOUR, apply, contents_of, outcome, publish, random_change
 from tests.adapters.power_loss import PowerLoss
+from tests.adapters.stores import read
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STORE_FAILPOINTS = [name for name in FAILPOINTS if not name.startswith(("job.", "export."))]
@@ -27,7 +28,7 @@ STORE_FAILPOINTS = [name for name in FAILPOINTS if not name.startswith(("job.", 
 def stored(store: AdapterStore, name: str) -> str:
     """The number that a name's files are made from, after comparing every byte of all generations; "-" for none."""
     for record in store.peek(name).generations:
-        assert store.read(record.digest) == contents_of(record.details["number"])
+        assert read(store, record.digest) == contents_of(record.details["number"])
     try:
         return str(store.get(name).details["number"])
     except NotFoundError:

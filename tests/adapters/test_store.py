@@ -13,7 +13,7 @@ from lora_core import config as lora_config
 from server.adapters.objects import digest_of
 from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterStore
 from server.errors import InvalidRequestError, NotFoundError, UnavailableError
-from tests.adapters.stores import objects, opened, put, weights_of
+from tests.adapters.stores import objects, opened, put, read, weights_of
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_a_hold_outlives_delete_and_replace(store: AdapterStore, tmp_path: Path)
     put(store, "a", "two")
     assert store.delete("a").digests > {digest}
     store.release(digest)
-    assert store.read(digest)[1] == b"one"
+    assert read(store, digest)[1] == b"one"
     store.release(digest)
     assert not objects(tmp_path)
     with pytest.raises(NotFoundError):

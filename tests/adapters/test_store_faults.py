@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import random
 import resource
 import shutil
 from collections.abc import Callable
@@ -13,10 +14,11 @@ from unittest import mock
 
 import pytest
 
+from server.adapters.objects import PIECE_BYTES
 from server.adapters.record import decode_history
 from server.adapters.store import CONFIG_NAME, WEIGHTS_NAME, AdapterStore
-from server.errors import StorageFullError, UnavailableError
-from tests.adapters.stores import objects, opened, put, weights_of
+from server.errors import InvalidAdapterError, StorageFullError, UnavailableError
+from tests.adapters.stores import objects, opened, put, read, weights_of
 
 
 @pytest.fixture
@@ -44,12 +46,37 @@ def test_damaged_bytes_are_never_served(store: AdapterStore, tmp_path: Path, dam
     }[damage]()
     for again in (store, opened(tmp_path)):
         with pytest.raises(UnavailableError) as caught:
-            again.read(record.digest)
+            read(again, record.digest)
         assert caught.value.code == "adapter_corrupt"
         assert weights_of(again, "b") == "other"
         assert put(again, "c", "third").generation
     assert put(store, "a", "one") == record  # the same upload heals it
     assert weights_of(store, "a") == "one"
+
+
+def test_who_reads_fails_for_the_files_reason_before_his_own(store: AdapterStore, tmp_path: Path) -> None:
+    digest = put(store, "a", "one").digest
+
+    def fail(_: bytes, weights: memoryview) -> None:
+        raise InvalidAdapterError(f"{bytes(weights).decode()} is no adapter")
+
+    with pytest.raises(InvalidAdapterError, match="one is no adapter"):
+        store.read(digest, fail)
+    flip(tmp_path / "objects" / digest / WEIGHTS_NAME, 0)
+    with pytest.raises(UnavailableError, match="damaged") as caught:
+        store.read(digest, fail)
+    assert isinstance(caught.value.__context__, InvalidAdapterError)
+
+
+@pytest.mark.parametrize("size", [0, PIECE_BYTES - 1, 2 * PIECE_BYTES, 2 * PIECE_BYTES + 5])
+def test_large_files_are_read_and_compared_in_pieces(size: int, store: AdapterStore, tmp_path: Path) -> None:
+    contents = random.Random(size).randbytes(size).hex()[:size]
+    digest = put(store, "a", contents).digest
+    assert weights_of(store, "a") == contents
+    if size:
+        flip(tmp_path / "objects" / digest / WEIGHTS_NAME, size - 1)
+        with pytest.raises(UnavailableError, match="damaged"):
+            read(store, digest)
 
 
 def test_a_flip_of_any_bit_of_a_record_is_seen(store: AdapterStore, tmp_path: Path) -> None:

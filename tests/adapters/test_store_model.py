@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from server.adapters.store import AdapterStore
 from server.errors import ConflictError, NotFoundError
-from tests.adapters.stores import objects, opened, publish, put
+from tests.adapters.stores import objects, opened, publish, put, read
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_threads_that_publish_delete_and_read_one_name(store: AdapterStore, tmp_
             with suppress(NotFoundError):
                 record = store.get("a")
                 store.hold(record.digest)
-                assert store.read(record.digest)[1].decode() == "{worker}-{i}".format(**record.details)
+                assert read(store, record.digest)[1].decode() == "{worker}-{i}".format(**record.details)
                 store.release(record.digest)
 
     jobs = [(publish, 0), (publish, 1), (publish, 2), (delete, 3), (read, 4), (read, 5)]
@@ -158,7 +158,7 @@ class StoreModel(RuleBasedStateMachine):
     def agrees(self) -> None:
         self.store.check_integrity()
         live = {name: kept[self.current[name]] for name, kept in self.kept.items() if self.current[name]}
-        assert {r.name: self.store.read(r.digest)[1].decode() for r in self.store.records()} == live
+        assert {r.name: read(self.store, r.digest)[1].decode() for r in self.store.records()} == live
         found = {h.name: {r.generation: r.digest for r in h.generations} for h in self.store.histories()}
         kept = {name: {n: self.digests[c] for n, c in kept.items()} for name, kept in self.kept.items() if kept}
         assert found == kept

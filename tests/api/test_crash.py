@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from server.adapters.store import FILE_NAMES, AdapterStore
+from tests.adapters.stores import read
 
 NUM_ROUNDS = 6
 START_TIMEOUT_S = 120
@@ -120,6 +121,6 @@ def test_kill_9_during_uploads(tiny: tuple[Path, Any, dict[str, Path]], tmp_path
         for folder, digest in uploads.digests.items()
     }
     for record in store.records():
-        config, weights = store.read(record.digest)
+        config, weights = read(store, record.digest)
         assert json.loads(config)["peft_type"] == "LORA"
         assert contents.get(record.digest, (config, weights)) == (config, weights)

@@ -21,6 +21,7 @@ EXTERNAL: dict[str, set[str]] = {
     "lora_core.quant_product": {"bitsandbytes", "torch"},
     "server.adapters": set(),
     "server.adapters.loader": {"torch"},
+    "server.adapters.objects": {"numpy"},
     "server.api": {"fastapi", "pydantic", "starlette"},
     "server.auth": {"pydantic"},
     "server.app": {"fastapi", "torch"},

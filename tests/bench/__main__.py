@@ -1,69 +1,51 @@
 """Measure loramux and its peers on the same work, one after the other, in one run.
 
     python -m tests.bench [--peers loramux,peft,...] [--workloads W1,W3,...] [--rounds 2] [--into NAME] [--report]
+    python -m tests.bench --turns 2     only our own servers, side by side, in turns: see turns.py
     python -m tests.bench --profile     where the time of our own steps goes: see steps.py
 
 Unless peers are named, ours are measured on everything, and each other one on what the report compares it on.
 Each (peer, workload) pair is one cell of tests/bench/results/NAME.json; a cell that is measured again is replaced, so a
 run can be made in parts. The report compares cells and says which of them are from the same run; NAME.svg shows them.
+What we compare with ourselves is measured once more, in turns.
 """
 
 import argparse
-import asyncio
 import json
 import os
 import time
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.bench import report, steps
-from tests.bench.client import run_jobs, summary
+from tests.bench import report, steps, turns
 from tests.bench.machine import QUIET, CpuAccount, memory_bytes, start_quietly
 from tests.bench.material import Material
-from tests.bench.peers import IN_PROCESS, PACKAGES, SERVERS, jobs_for, run_in_process, serve
+from tests.bench.peers import IN_PROCESS, PACKAGES, SERVERS, run_in_process, serve
 from tests.bench.plot import plot
+from tests.bench.rounds import jobs_for_round, measure_jobs, prompts, warm_up
 from tests.bench.workloads import WORKLOADS, Workload
 
 RESULTS = Path(__file__).with_name("results")
 # Share of the machine that others may use before a figure is marked.
 MAX_OTHER_SHARE = 0.15
 LOAD_OF_OPEN = 0.7
-SHARED_PROMPT = 512
-
-
-def prompts(material: Material, workload: Workload, name: str, offset: int) -> list[tuple[list[int], str]]:
-    """One per request; the prompts of W9 share their first tokens."""
-    shared = material.prompt(SHARED_PROMPT, 1)[0] if name == "W9" else None
-    return [
-        material.prompt(request.num_prompt, 10_000 * offset + i, shared)
-        for i, request in enumerate(workload.requests(), 1)
-    ]
 
 
 def measure_server(peer: str, name: str, material: Material, rounds: int) -> dict[str, Any]:
     workload = WORKLOADS[name]
     runs, other = [], []
     with serve(peer, material, workload) as (url, process, start_s):
-        # Every adapter is used once before anything is measured, for as many tokens as it takes to settle.
-        requests = workload.requests()
-        seen = {tuple(request.adapters): request for request in requests}
-        warm = [replace(request, num_new=8, num_prompt=32) for request in seen.values()]
-        made = [material.prompt(32, 900_000 + i) for i in range(len(warm))]
-        asyncio.run(run_jobs(url, jobs_for(peer, warm, made, workload), workload.num_streams))
+        warm_up(url, peer, workload, material)
         for i in range(rounds):
-            jobs = jobs_for(peer, requests, prompts(material, workload, name, i + 1), workload)
+            jobs = jobs_for_round(peer, name, material, i)
             account = CpuAccount()
-            seconds, results = asyncio.run(run_jobs(url, jobs, workload.num_streams))
+            run = measure_jobs(url, jobs, workload.num_streams)
             if workload.is_open:
-                runs.append({"closed": summary(seconds, results)})
-                rate = LOAD_OF_OPEN * len(jobs) / seconds
-                seconds, results = asyncio.run(run_jobs(url, report.poisson(jobs, rate), 10 * len(jobs)))
-            runs.append((runs.pop() if workload.is_open else {}) | summary(seconds, results))
+                rate = LOAD_OF_OPEN * len(jobs) / run["seconds"]
+                run = {"closed": run} | measure_jobs(url, report.poisson(jobs, rate), 10 * len(jobs))
+            runs.append(run)
             other.append(account.other_share())
-            if failed := [result.error for result in results if result.error]:
-                print(f"  {len(failed)} of {len(results)} failed: {failed[0]}")
         memory = memory_bytes(process.pid)
     return {"runs": runs, "other_cpu_share": other, "memory_bytes": memory, "start_s": start_s}
 
@@ -74,7 +56,7 @@ def measure_in_process(peer: str, name: str, material: Material, rounds: int) ->
         "model": str(material.model),
         "adapters": {n: str(p) for n, p in material.adapters(workload.names() or ["a0"]).items()},
         "names": [next(iter(request.adapters), "__base__") for request in workload.requests()],
-        "prompts": [ids for ids, _ in prompts(material, workload, name, 1)],
+        "prompts": [ids for ids, _ in prompts(material, name, 0)],
         "num_new": workload.num_new,
         "num_streams": workload.num_streams,
         "rounds": rounds,
@@ -109,6 +91,11 @@ def measure_cell(peer: str, name: str, material: Material, rounds: int, run: str
     print(f"{peer:22} {name:5} {best:7.1f} tok/s  others {others:.2f}{flag}", flush=True)
 
 
+def keep(found: dict[str, Any], path: Path) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(found, indent=1))
+
+
 def versions(peer: str) -> dict[str, str]:
     package = SERVERS[peer].package
     if package:
@@ -122,6 +109,7 @@ def main() -> None:
     parser.add_argument("--peers", help=f"measured on everything that they can do: {', '.join(peers)}")
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--turns", type=int, help="only measure our own servers in turns, each pair at least so often")
     parser.add_argument("--into", default="latest", help="name of the results file")
     parser.add_argument("--report", action="store_true", help="only print what has been measured")
     parser.add_argument("--profile", action="store_true", help="where the time of our own steps goes; see steps.py")
@@ -138,13 +126,15 @@ def main() -> None:
         found["machine"] = report.machine()
         material = Material()
         run_id = time.strftime("%Y-%m-%dT%H:%M:%S")
-        for name in args.workloads.split(","):  # all peers on one piece of work, then the next
+        for name in [] if args.turns else args.workloads.split(","):  # all peers on one piece of work, then the next
             named = args.peers.split(",") if args.peers else [p for p in peers if report.is_compared(p, name)]
             for peer in named:
                 if can(peer, WORKLOADS[name]):
                     measure_cell(peer, name, material, args.rounds, run_id, found)
-                    RESULTS.mkdir(exist_ok=True)
-                    path.write_text(json.dumps(found, indent=1))
+                    keep(found, path)
+        if args.turns or not args.peers:
+            found["turns"] = turns.measure(material, args.turns or turns.NUM_ROUNDS) | {"run": run_id}
+            keep(found, path)
     print(report.render(found))
     path.with_suffix(".svg").write_text(plot(found))
 

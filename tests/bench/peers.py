@@ -74,10 +74,14 @@ class Server:
     environ: dict[str, str] = field(default_factory=dict)
 
 
+def _store(port: int) -> Path:
+    """Where the server at a port keeps its adapters, while it runs."""
+    return cache_folder() / "stores" / str(port)
+
+
 def _loramux_command(*flags: str, plain: bool = False) -> Callable[[Material, Workload, int], list[str]]:
     def command(material: Material, workload: Workload, port: int) -> list[str]:
-        store = cache_folder() / "store"
-        shutil.rmtree(store, ignore_errors=True)
+        store = _store(port)
         adapters = {} if plain else material.adapters(workload.names())
         kv_bytes = KV_TOKENS * 2 * 2 * 30 * 3 * 64
         return [
@@ -199,7 +203,7 @@ def serve_command(name: str, material: Material, workload: Workload) -> tuple[li
 def serve(name: str, material: Material, workload: Workload) -> Iterator[tuple[str, subprocess.Popen[bytes], float]]:
     """Start a server; its URL, its process, and the seconds it took to answer."""
     command, port = serve_command(name, material, workload)
-    log = (cache_folder() / f"{name}.log").open("wb")
+    log = (cache_folder() / f"{name}.log").open("ab")
     url = f"http://127.0.0.1:{port}"
     start = time.monotonic()
     environ = os.environ | SERVERS[name].environ
@@ -223,6 +227,7 @@ def serve(name: str, material: Material, workload: Workload) -> Iterator[tuple[s
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
+            shutil.rmtree(_store(port), ignore_errors=True)
 
 
 def jobs_for(

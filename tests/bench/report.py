@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from tests.bench.client import Job
 
-__all__ = ["is_compared", "machine", "poisson", "ratios", "render"]
+__all__ = ["RATE", "is_compared", "machine", "own_pairs", "poisson", "ratios", "render"]
 
 BEST_VLLM = ("vllm", "vllm-lora")
 COLUMNS = (
@@ -60,6 +61,20 @@ def is_compared(peer: str, workload: str) -> bool:
     return peer in US or any(peer in peers and workload == name for peers, name, _ in sides)
 
 
+def own_pairs() -> list[tuple[str, str]]:
+    """Cells ("peer/workload") of ours that are compared with ours: above and below."""
+    pairs = [(above, below) for _, above, below, _, _ in COMPARISONS if _is_ours(above) and _is_ours(below)]
+    return list(dict.fromkeys((_cell(above), _cell(below)) for above, below in pairs))
+
+
+def _cell(side: Side) -> str:
+    return f"{side[0][0]}/{side[1]}"
+
+
+def _is_ours(side: Side) -> bool:
+    return all(peer.startswith(US[0]) for peer in side[0])
+
+
 def machine() -> dict[str, Any]:
     """Where it was measured."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
@@ -94,12 +109,24 @@ def best(found: dict[str, Any], side: Side) -> float | None:
     return max(runs, key=lambda run: run[RATE])[figure]
 
 
+def in_turns(found: dict[str, Any], above: Side, below: Side) -> float | None:
+    """The median ratio over the times that these two were measured one after the other; None if they never were."""
+    measured = found.get("turns", {}).get("pairs", {}).get(f"{_cell(above)} {_cell(below)}", [])
+    return statistics.median(a[above[2]] / b[below[2]] for a, b in measured) if measured else None
+
+
 def ratios(found: dict[str, Any]) -> list[tuple[str, float | None, float, bool]]:
-    """Label, ratio or None if a side is missing, goal, and whether more is better."""
+    """Label, ratio or None if a side is missing, goal, and whether more is better.
+
+    Of our own cells those that were measured in turns count, if there are any.
+    """
     out = []
     for label, above, below, goal, more_is_better in COMPARISONS:
+        ratio = in_turns(found, above, below)
         a, b = best(found, above), best(found, below)
-        out.append((label, None if a is None or not b else a / b, goal, more_is_better))
+        if ratio is None and a is not None and b:
+            ratio = a / b
+        out.append((label, ratio, goal, more_is_better))
     return out
 
 

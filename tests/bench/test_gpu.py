@@ -25,7 +25,7 @@ def test_every_case_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert math.isfinite(figure["value"]), figure
         assert figure["value"] > 0 or "beyond" in figure["case"], figure  # noise may make a difference negative
     forms = [figure["form"] for figure in result["figures"]]
-    assert forms.count("bf16") + 1 == forms.count("nf4") == 17
+    assert forms.count("bf16") + 1 == forms.count("nf4") == 18
     assert result["bytes_per_s"] > 1e8
     shown = capsys.readouterr().out
     for figure in result["figures"]:
@@ -38,5 +38,5 @@ def test_every_case_runs_on_the_kernels(tmp_path: Path) -> None:
     """In the interpreter, where each launch takes milliseconds."""
     options = ["--shape", "tiny", "--rows", "2", "--device", "cpu", "--kernels", "triton", "--no-peers"]
     result = gpu.main([*options, "--quantization", "nf4"])
-    assert len(result["figures"]) == 14
+    assert len(result["figures"]) == 15
     assert all(math.isfinite(figure["value"]) for figure in result["figures"])

@@ -116,7 +116,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
     loader = AdapterLoader(runner.model, dtype=runner.dtype, max_rank=256)
     registry = AdapterRegistry(
         store,
-        lambda digest: loader.fold(*store.read(digest)),
+        lambda digest: store.read(digest, loader.fold),
         BankSlots(runner.bank),
         max_slot_bytes=1 << 30,
         max_host_bytes=1 << 30,

@@ -14,6 +14,7 @@ from server.adapters.store import CONFIG_NAME
 from server.failpoints import FAILPOINTS
 from server.jobs.record import JobState
 from tests.adapters.power_loss import PowerLoss
+from tests.adapters.stores import read
 from tests.jobs.churn import ended, opened, tour
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -52,7 +53,7 @@ def check(root: Path, said: list[str]) -> None:
 
 def published(root: Path, store: object, kind: str, job_id: str) -> None:
     if kind == "mix":
-        config, _ = store.read(store.get("mixed").digest)
+        config, _ = read(store, store.get("mixed").digest)
         assert config.decode() == f"mix {CONFIG_NAME}"
     else:
         folder = root / "exports" / job_id

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from server.jobs.record import JobState
+from tests.adapters.stores import read
 from tests.adapters.test_crash import Ledger, work_and_kill
 from tests.jobs.churn import opened
 from tests.jobs.random_churn import MIXED, Mixer
@@ -33,7 +34,7 @@ class Mixes:
         assert jobs.keys() >= self._said.keys(), "a job that was acknowledged is gone"
         generations = {record.generation: record for record in store.peek(MIXED).generations}
         for record in generations.values():
-            config, weights = store.read(record.digest)  # compares the digest
+            config, weights = read(store, record.digest)  # compares the digest
             inputs = [one["digest"] for one in record.source["inputs"]]
             assert json.loads(config) == inputs
             assert weights, "half a mix was published"

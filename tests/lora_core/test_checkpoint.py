@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from lora_core import (
@@ -180,6 +180,21 @@ def test_a_truncated_file() -> None:
     for length in (0, 7, 8, 20, len(data) // 2, len(data) - 1):
         with pytest.raises(CheckpointError):
             parse_adapter(config_json(), data[:length])
+
+
+@pytest.mark.parametrize("padding", range(9))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_tensors_are_the_librarys_wherever_the_header_ends(padding: int, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    data = save({key: value.to(dtype) for key, value in lora_file().items()})
+    length = int.from_bytes(data[:8], "little")
+    data = (length + padding).to_bytes(8, "little") + data[8 : 8 + length] + b" " * padding + data[8 + length :]
+    wanted, memory = load(data), bytearray(data)
+    for weights in (data, memoryview(memory)):
+        for name, part in parse_adapter(config_json(), weights).modules.items():
+            assert torch.equal(part.lora_A, wanted[f"base_model.model.{name}.lora_A.weight"])
+            assert torch.equal(part.lora_B, wanted[f"base_model.model.{name}.lora_B.weight"])
+    assert data == memory, "reading changes nothing"
 
 
 @pytest.mark.parametrize(
