@@ -1,13 +1,13 @@
 """Measure loramux and its peers on the same work, one after the other, in one run.
 
     python -m tests.bench [--peers loramux,peft,...] [--workloads W1,W3,...] [--rounds 2] [--into NAME] [--report]
-    python -m tests.bench --turns 2     only our own servers, side by side, in turns: see turns.py
+    python -m tests.bench --turns 2     only what is measured in turns: see turns.py
     python -m tests.bench --profile     where the time of our own steps goes: see steps.py
 
 Unless peers are named, ours are measured on everything, and each other one on what the report compares it on.
 Each (peer, workload) pair is one cell of tests/bench/results/NAME.json; a cell that is measured again is replaced, so a
 run can be made in parts. The report compares cells and says which of them are from the same run; NAME.svg shows them.
-What we compare with ourselves is measured once more, in turns.
+What differs by little is measured once more, in turns.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 from tests.bench import report, steps, turns
 from tests.bench.machine import QUIET, CpuAccount, memory_bytes, start_quietly
 from tests.bench.material import Material
-from tests.bench.peers import IN_PROCESS, PACKAGES, SERVERS, run_in_process, serve
+from tests.bench.peers import IN_PROCESS, PACKAGES, SERVERS, InProcess, serve
 from tests.bench.plot import plot
 from tests.bench.rounds import jobs_for_round, measure_jobs, prompts, warm_up
 from tests.bench.workloads import WORKLOADS, Workload
@@ -51,18 +51,10 @@ def measure_server(peer: str, name: str, material: Material, rounds: int) -> dic
 
 
 def measure_in_process(peer: str, name: str, material: Material, rounds: int) -> dict[str, Any]:
-    workload = WORKLOADS[name]
-    job = {
-        "model": str(material.model),
-        "adapters": {n: str(p) for n, p in material.adapters(workload.names() or ["a0"]).items()},
-        "names": [next(iter(request.adapters), "__base__") for request in workload.requests()],
-        "prompts": [ids for ids, _ in prompts(material, name, 0)],
-        "num_new": workload.num_new,
-        "num_streams": workload.num_streams,
-        "rounds": rounds,
-    }
     account = CpuAccount()
-    return run_in_process(peer, job) | {"other_cpu_share": [account.other_share()]}
+    with InProcess(peer, WORKLOADS[name], [ids for ids, _ in prompts(material, name, 0)], material) as process:
+        runs = [process.measure() for _ in range(rounds)]
+        return {"runs": runs} | process.end() | {"other_cpu_share": [account.other_share()]}
 
 
 def can(peer: str, workload: Workload) -> bool:
@@ -109,7 +101,7 @@ def main() -> None:
     parser.add_argument("--peers", help=f"measured on everything that they can do: {', '.join(peers)}")
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--turns", type=int, help="only measure our own servers in turns, each pair at least so often")
+    parser.add_argument("--turns", type=int, help="only measure in turns, each pair at least so often")
     parser.add_argument("--into", default="latest", help="name of the results file")
     parser.add_argument("--report", action="store_true", help="only print what has been measured")
     parser.add_argument("--profile", action="store_true", help="where the time of our own steps goes; see steps.py")

@@ -1,7 +1,7 @@
 """Peers without a server, run with their own Python: PEFT's mixed batch, transformers' generate and its continuous
 batching. One static batch of all requests of a job; times of tokens are those of the calls that make them.
 
-    python inprocess.py JOB.json      prints one JSON line
+    python inprocess.py JOB.json      measures for each line of its input and prints a JSON line; then one about itself
 """
 
 import itertools
@@ -65,6 +65,7 @@ def figures(prompts, num_new, seconds, times=None):
         "output_tokens_per_s": num_new_all / seconds,
         "total_tokens_per_s": (num_new_all + sum(map(len, prompts))) / seconds,
         "errors": 0,
+        "seconds": seconds,
     }
     if times:
         gaps = sorted((b - a) * 1e3 for a, b in itertools.pairwise(times))
@@ -74,9 +75,24 @@ def figures(prompts, num_new, seconds, times=None):
     return out
 
 
+def measure(model, job, num_new, extra):
+    """All requests of the job, so many streams at a time."""
+    prompts, streams = job["prompts"], job["num_streams"]
+    seconds, times = 0.0, []
+    for first in range(0, len(prompts), streams):
+        some = prompts[first : first + streams]
+        if job["how"] == "cb":
+            seconds += continuous(model, some, num_new)
+        else:
+            part = {k: v[first : first + streams] for k, v in extra.items()}
+            times = static_batch(model, torch.tensor(some), num_new, part)
+            seconds += times[-1]
+    return figures(prompts, num_new, seconds, times)
+
+
 def main():
     job = json.loads(Path(sys.argv[1]).read_text())
-    how, prompts, num_new, dtype = job["how"], job["prompts"], job["num_new"], getattr(torch, job["dtype"])
+    how, num_new, dtype = job["how"], job["num_new"], getattr(torch, job["dtype"])
     begin = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(
         job["model"], dtype=dtype, attn_implementation="paged|sdpa" if how == "cb" else "sdpa"
@@ -91,26 +107,11 @@ def main():
         model = model.to(dtype).eval()
     start_s = time.perf_counter() - begin
     extra = {"adapter_names": job["names"]} if how == "peft" else {}
-    runs = []
-    streams = job["num_streams"]
-    for i in range(job["rounds"] + 1):  # the first one warms up
-        new = 4 if i == 0 else num_new
-        if how == "cb":
-            seconds = 0.0
-            for first in range(0, len(prompts), streams):
-                seconds += continuous(model, prompts[first : first + streams], new)
-            run = figures(prompts, new, seconds)
-        else:
-            seconds, times = 0.0, []
-            for first in range(0, len(prompts), streams):
-                part = {k: v[first : first + streams] for k, v in extra.items()}
-                times = static_batch(model, torch.tensor(prompts[first : first + streams]), new, part)
-                seconds += times[-1]
-            run = figures(prompts, new, seconds, times)
-        if i:
-            runs.append(run)
+    measure(model, job, 4, extra)  # warms up
+    for _ in sys.stdin:
+        print(json.dumps(measure(model, job, num_new, extra)), flush=True)
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}
-    print(json.dumps({"runs": runs, "memory_bytes": pss_bytes(), "start_s": start_s, "versions": versions}))
+    print(json.dumps({"memory_bytes": pss_bytes(), "start_s": start_s, "versions": versions}))
 
 
 main()

@@ -24,7 +24,7 @@ from tests.bench.machine import peers_dtype
 from tests.bench.material import Material, cache_folder
 from tests.bench.workloads import Request, Workload
 
-__all__ = ["IN_PROCESS", "SERVERS", "Server", "environment", "serve", "serve_command"]
+__all__ = ["IN_PROCESS", "SERVERS", "InProcess", "Server", "environment", "jobs_for", "serve", "serve_command"]
 
 START_TIMEOUT_S = 900
 KV_TOKENS = 16 * 2_048
@@ -241,12 +241,56 @@ def jobs_for(
     return out
 
 
-def run_in_process(name: str, job: dict[str, Any]) -> dict[str, Any]:
-    """Run a peer that has no server; its figures."""
-    path = cache_folder() / f"{name}-job.json"
-    path.write_text(json.dumps(job | {"how": IN_PROCESS[name], "dtype": peers_dtype()}))
-    script = Path(__file__).with_name("inprocess.py")
-    out = subprocess.run([environment("hf"), script, path], capture_output=True, text=True, check=False)
-    if out.returncode:
-        raise RuntimeError(f"{name} failed: {out.stderr[-2000:]}")
-    return json.loads(out.stdout.splitlines()[-1])
+class InProcess:
+    """A peer that has no server, with its model and adapters loaded, which measures when told to; a context manager."""
+
+    def __init__(self, name: str, workload: Workload, prompts: Sequence[Sequence[int]], material: Material) -> None:
+        job = {
+            "how": IN_PROCESS[name],
+            "dtype": peers_dtype(),
+            "model": str(material.model),
+            "adapters": {n: str(p) for n, p in material.adapters(workload.names() or ["a0"]).items()},
+            "names": [next(iter(request.adapters), "__base__") for request in workload.requests()],
+            "prompts": prompts,
+            "num_new": workload.num_new,
+            "num_streams": workload.num_streams,
+        }
+        folder = cache_folder()
+        path, self._log = folder / f"{name}-job.json", folder / f"{name}.log"
+        path.write_text(json.dumps(job))
+        command = [environment("hf"), Path(__file__).with_name("inprocess.py"), path]
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+
+    def __enter__(self) -> "InProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def measure(self) -> dict[str, Any]:
+        """All requests once; throughput and latencies.
+
+        Raises:
+            RuntimeError: the process has failed.
+        """
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def end(self) -> dict[str, Any]:
+        """What it used: memory, seconds to load, versions."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        while line := self._process.stdout.readline():
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"it ended with {self._process.wait()}: see {self._log}")

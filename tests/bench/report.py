@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.bench.client import Job
 
-__all__ = ["RATE", "is_compared", "machine", "own_pairs", "poisson", "ratios", "render"]
+__all__ = ["RATE", "is_compared", "machine", "pairs_in_turns", "poisson", "ratios", "render"]
 
 BEST_VLLM = ("vllm", "vllm-lora")
 COLUMNS = (
@@ -27,6 +27,7 @@ COLUMNS = (
 Side = tuple[Sequence[str], str, str]
 RATE, TTFT, ITL99 = "output_tokens_per_s", "ttft_p50_s", "itl_p99_ms"
 US, INT4 = ("loramux",), ("loramux-int4",)
+SLOW = ("vllm-lora", "transformers-cb")  # ten times as slow as we are: a few percent do not matter
 COMPARISONS: list[tuple[str, Side, Side, float, bool]] = [
     ("W1 / vLLM's best", (US, "W1", RATE), (BEST_VLLM, "W1", RATE), 1.6, True),
     ("W1 in int4 / vLLM's best", (INT4, "W1", RATE), (BEST_VLLM, "W1", RATE), 1.6, True),
@@ -61,18 +62,15 @@ def is_compared(peer: str, workload: str) -> bool:
     return peer in US or any(peer in peers and workload == name for peers, name, _ in sides)
 
 
-def own_pairs() -> list[tuple[str, str]]:
-    """Cells ("peer/workload") of ours that are compared with ours: above and below."""
-    pairs = [(above, below) for _, above, below, _, _ in COMPARISONS if _is_ours(above) and _is_ours(below)]
-    return list(dict.fromkeys((_cell(above), _cell(below)) for above, below in pairs))
+def pairs_in_turns() -> list[tuple[str, str]]:
+    """Cells ("peer/workload") that are compared, unless a round takes minutes or a side has a choice."""
+    sides = [(above, below) for _, above, below, _, _ in COMPARISONS]
+    quick = [pair for pair in sides if all(len(peers) == 1 and peers[0] not in SLOW for peers, _, _ in pair)]
+    return list(dict.fromkeys((_cell(above), _cell(below)) for above, below in quick))
 
 
 def _cell(side: Side) -> str:
     return f"{side[0][0]}/{side[1]}"
-
-
-def _is_ours(side: Side) -> bool:
-    return all(peer.startswith(US[0]) for peer in side[0])
 
 
 def machine() -> dict[str, Any]:
@@ -99,14 +97,27 @@ def poisson(jobs: Sequence[Job], rate: float) -> list[Job]:
     return out
 
 
-def best(found: dict[str, Any], side: Side) -> float | None:
-    """The best figure of any round of any of the peers; of latencies that of the fastest round."""
-    peers, workload, figure = side
+def figure(found: dict[str, Any], side: Side) -> float | None:
+    """Of the peers' best round, latencies too. Of a cell that was measured in turns, the median of all its rounds: the
+    best of many would be luck."""
+    peers, workload, name = side
     runs = [run for peer in peers for run in found["cells"].get(f"{peer}/{workload}", {}).get("runs", [])]
-    runs = [run for run in runs if run.get(figure) is not None]
-    if not runs:
-        return None
-    return max(runs, key=lambda run: run[RATE])[figure]
+    more = [run for peer in peers for run in _rounds_in_turns(found, f"{peer}/{workload}")]
+    if more:
+        return statistics.median(run[name] for run in runs + more)
+    runs = [run for run in runs if run.get(name) is not None]
+    return max(runs, key=lambda run: run[RATE])[name] if runs else None
+
+
+def _rounds_in_turns(found: dict[str, Any], cell: str) -> list[dict[str, Any]]:
+    pairs = found.get("turns", {}).get("pairs", {})
+    return [
+        run
+        for pair, rounds in pairs.items()
+        for both in rounds
+        for run, n in zip(both, pair.split(), strict=True)
+        if n == cell
+    ]
 
 
 def in_turns(found: dict[str, Any], above: Side, below: Side) -> float | None:
@@ -118,12 +129,12 @@ def in_turns(found: dict[str, Any], above: Side, below: Side) -> float | None:
 def ratios(found: dict[str, Any]) -> list[tuple[str, float | None, float, bool]]:
     """Label, ratio or None if a side is missing, goal, and whether more is better.
 
-    Of our own cells those that were measured in turns count, if there are any.
+    What was measured in turns counts, if there is any.
     """
     out = []
     for label, above, below, goal, more_is_better in COMPARISONS:
         ratio = in_turns(found, above, below)
-        a, b = best(found, above), best(found, below)
+        a, b = figure(found, above), figure(found, below)
         if ratio is None and a is not None and b:
             ratio = a / b
         out.append((label, ratio, goal, more_is_better))
