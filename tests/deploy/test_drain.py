@@ -65,8 +65,10 @@ class Process:
         return self._errors.read()
 
 
-async def _stream(client: httpx.AsyncClient, num_tokens: int, on_first: Callable[[], None]) -> list[Any]:
-    """All events of a stream."""
+async def _stream(
+    client: httpx.AsyncClient, num_tokens: int, on_first: Callable[[], None], go_on: asyncio.Event
+) -> list[Any]:
+    """All events of a stream, of which those behind the first are read later."""
     parameters = {"max_new_tokens": num_tokens, "ignore_eos_token": True}
     events = []
     async with client.stream(
@@ -78,6 +80,7 @@ async def _stream(client: httpx.AsyncClient, num_tokens: int, on_first: Callable
                 events.append(json.loads(line.removeprefix("data: ")))
                 if len(events) == 1:
                     on_first()
+                    await go_on.wait()
     return events
 
 
@@ -90,15 +93,19 @@ class Terminable(Protocol):
 async def _under_load(
     process: Terminable, num_tokens: int, after: Callable[[httpx.AsyncClient], Awaitable[None]]
 ) -> Any:
-    """Terminate the process once all streams have begun, then call `after`; the streams' events."""
-    begun = asyncio.Semaphore(0)
+    """Terminate the process once all streams have begun, then call `after`; the streams' events.
+
+    Nobody reads them meanwhile: on a busy machine the server would be done before a reader had time for `after`.
+    """
+    begun, go_on = asyncio.Semaphore(0), asyncio.Event()
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=process.url, timeout=60, limits=limits) as client:
-        streams = [asyncio.create_task(_stream(client, num_tokens, begun.release)) for _ in range(NUM_STREAMS)]
+        streams = [asyncio.create_task(_stream(client, num_tokens, begun.release, go_on)) for _ in range(NUM_STREAMS)]
         for _ in streams:
             await begun.acquire()
         process.terminate()
         await after(client)
+        go_on.set()
         return await asyncio.gather(*streams)
 
 
