@@ -121,6 +121,6 @@ def is_finite(tensor: Tensor) -> bool:
     """
     if not tensor.numel():
         return True
-    if not tensor.is_contiguous():  # of a transposed one they take ten times as long
+    if tensor.ndim == 2 and not tensor.is_contiguous():  # of a transposed one they take ten times as long
         tensor = tensor.T
     return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))

@@ -167,7 +167,7 @@ def fold_adapter(
         ledger: gets the fate of every tensor, also when the adapter is refused.
 
     Returns:
-        Its parts by module, or by parameter.
+        Its parts by module, or by parameter; they share no memory with the adapter's tensors.
 
     Raises:
         TargetError: file and configuration disagree for this model, a shape is another, or folding overflows `dtype`.
@@ -277,7 +277,7 @@ class _Folding:
         self.ledger.note(name, ["lora_B.bias"], "folded", "into the bias, times the scaling")
         self.ledger.note(name, ["lora_magnitude_vector"], "folded", "into the gain of each output")
         self.ledger.note(name, ["base weight"], "used", "compared: it is the base model's own")
-        return Folded(out.a, b, out.gain, own).to(self.dtype)
+        return Folded(out.a.to(self.dtype, copy=True), b, out.gain, own).to(self.dtype)
 
     def _bias(self, name: str, parts: Parts) -> Tensor:
         """What the trained bias adds to the base's, [O]."""
@@ -295,7 +295,7 @@ class _Folding:
         if part.rank != r * layer.num_experts:
             raise TargetError(f"{name!r}: the configuration says rank {r}, the tensors have {part.rank} rows")
         self.ledger.note(prefix, FACTORS, "used", "factors of a parameter, expert by expert")
-        return ExpertFactors(part.map(lambda t: t.to(layer.parameter)), target.scaling)
+        return ExpertFactors(part.map(lambda t: t.to(layer.parameter, copy=True)), target.scaling)
 
     def _copy(self, name: str) -> ModuleCopy:
         module = _blank_copy(name, base_of(self.model.get_submodule(name)))

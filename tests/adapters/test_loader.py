@@ -92,3 +92,22 @@ def test_an_adapter_is_folded_where_the_base_weights_are(
         wanted = adapter(input_ids=ids).logits
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert (wanted - base(input_ids=ids).logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", range(len(KINDS)))
+def test_what_is_folded_does_not_hold_on_to_the_files_memory(kind: int, tmp_path: Path) -> None:
+    base = tiny_model("llama", seed := random.randrange(1 << 30))
+    print(f"seed {seed}")
+    adapter = peft_adapters.peft_model(base, "llama", seed, **settings_of(KINDS[kind], "llama"))
+    folder = peft_adapters.save(adapter, tmp_path / "a")
+    config, weights = (folder / CONFIG_NAME).read_bytes(), (folder / WEIGHTS_NAME).read_bytes()
+    wrap_linears(base, Router())
+    loader = AdapterLoader(base, dtype=torch.float32, max_rank=64)
+    wanted = loader.fold(config, weights)
+    memory = bytearray(weights)
+    folded = loader.fold(config, memoryview(memory))
+    memory[:] = bytes(len(memory))
+    assert folded.modules.keys() == wanted.modules.keys()
+    for name, part in wanted.modules.items():
+        own = folded.modules[name].tensors()
+        assert all(torch.equal(a, b) for a, b in zip(own, part.tensors(), strict=True))
