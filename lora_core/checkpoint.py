@@ -104,11 +104,11 @@ def parse_adapter(config_json: bytes, weights: bytes | memoryview) -> AdapterWei
     for field in UNSERVED:
         if getattr(config, field) is not None:
             raise UnsupportedError(f"`{field}` is set in {CONFIG_NAME} and is not supported")
-    header = read_header(memoryview(weights), len(weights))
+    header = read_header(weights, len(weights))
     check_tensors(config, header)
     modules: dict[str, dict[str, Tensor]] = {}
     full, embeddings = {}, set()
-    tensors = _load(weights)  # in no order
+    tensors = _load(weights, header)
     for key in header:
         module, part = split_key(config, key)
         if part == FULL_WEIGHT:
@@ -122,10 +122,9 @@ def parse_adapter(config_json: bytes, weights: bytes | memoryview) -> AdapterWei
     return AdapterWeights(config, loras, base_weights, full, frozenset(embeddings))
 
 
-def _load(weights: bytes | memoryview) -> dict[str, Tensor]:
+def _load(weights: bytes | memoryview, header: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
     """Tensors by key, in one piece of memory: that of a memoryview."""
     memory = weights if isinstance(weights, memoryview) else memoryview(bytearray(weights))
-    header = read_header(memory, len(memory))
     first = len(memory) - max(info.end for info in header.values())
     out = {}
     for name, info in header.items():
@@ -151,7 +150,7 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     config_json, weights = read_files(folder)
     config = LoraConfig.from_json(config_json)
     tensors = {}
-    for key, tensor in _load(weights).items():
+    for key, tensor in _load(weights, read_header(weights, len(weights))).items():
         if not key.startswith(KEY_PREFIX):
             raise CheckpointError(f"tensor {key[:200]!a} does not start with '{KEY_PREFIX}': not saved by PEFT")
         name = key.removeprefix(KEY_PREFIX)

@@ -268,8 +268,8 @@ class InProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
+        with self._process:
+            self._process.kill()
 
     def measure(self) -> dict[str, Any]:
         """All requests once; throughput and latencies.
