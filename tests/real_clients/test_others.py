@@ -57,13 +57,21 @@ def test_hubs_chat(live: Live) -> None:
 
 
 def test_hubs_async_client(live: Live) -> None:
-    async def run() -> str:
+    fields: dict[str, Any] = {"adapter_id": "rank4", "max_new_tokens": NUM_TOKENS, "stream": True}
+
+    async def run() -> tuple[list[str], list[Any]]:
         async with AsyncInferenceClient(model=live.url) as client:
-            stream = await client.text_generation(PROMPT, adapter_id="rank4", max_new_tokens=NUM_TOKENS, stream=True)
-            return "".join([piece async for piece in stream])
+            pieces = [piece async for piece in await client.text_generation(PROMPT, **fields)]
+            return pieces, [event async for event in await client.text_generation(PROMPT, **fields, details=True)]
 
     tokens, text = live.expected("rank4", PROMPT, NUM_TOKENS)
-    assert asyncio.run(run()) == text or 2 in tokens
+    pieces, events = asyncio.run(run())
+    assert pieces == [event.token.text for event in events]
+    assert [event.token.id for event in events] == tokens[: len(events)]
+    # Random weights may make special tokens, which the generated text has not.
+    written = "".join(event.token.text for event in events if not event.token.special)
+    assert written == events[-1].generated_text
+    assert written == text or 2 in tokens
 
 
 def test_hubs_errors(live: Live) -> None:
