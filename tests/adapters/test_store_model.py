@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -25,6 +26,7 @@ def store(tmp_path: Path) -> AdapterStore:
 
 def test_threads_that_publish_delete_and_read_one_name(store: AdapterStore, tmp_path: Path) -> None:
     generations: list[int] = []
+    seen: list[str] = []
 
     def publish(worker: int) -> None:
         generations.extend(put(store, "a", f"{worker}-{i}", worker=worker, i=i).generation for i in range(8))
@@ -34,19 +36,22 @@ def test_threads_that_publish_delete_and_read_one_name(store: AdapterStore, tmp_
             with suppress(NotFoundError):
                 store.delete("a")
 
-    def read(worker: int) -> None:
-        for _ in range(60):
+    def look(_: int) -> None:
+        end = time.monotonic() + 60
+        while len(generations) < 24 and time.monotonic() < end:
             with suppress(NotFoundError):
                 record = store.get("a")
                 store.hold(record.digest)
                 assert read(store, record.digest)[1].decode() == "{worker}-{i}".format(**record.details)
                 store.release(record.digest)
+                seen.append(record.digest)
 
-    jobs = [(publish, 0), (publish, 1), (publish, 2), (delete, 3), (read, 4), (read, 5)]
+    jobs = [(publish, 0), (publish, 1), (publish, 2), (delete, 3), (look, 4), (look, 5)]
     with ThreadPoolExecutor(len(jobs)) as pool:
         for running in [pool.submit(*job) for job in jobs]:
             running.result(60)
     assert sorted(generations) == list(range(1, 25))
+    assert seen
     store.check_integrity()
     assert opened(tmp_path).records() == store.records()
 
