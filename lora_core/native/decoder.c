@@ -11,9 +11,7 @@ typedef struct {
     const void *weight;
     const T *scales, *bias;
     int64_t num_in, num_out;
-    const Layer *layers;
-    int64_t num_layers;
-    const Plan *plan; // null: no row wants an adapter
+    Adapters adapters;
     const T *x;       // [rows, num_in]
     T *y;             // [rows, num_out]
 } Projection;
@@ -81,7 +79,8 @@ static int prepare(const Decoder *d, int part, const Pass *pass) {
 
 static int multiply(const Projection *p, const Pass *pass) {
     double start = now(pass);
-    int failed = p->multiply(p->x, p->num_in, p->weight, p->scales, p->bias, p->y, pass->rows, p->num_in, p->num_out);
+    int failed = p->multiply(p->x, p->num_in, p->weight, p->scales, p->bias, p->y, pass->rows, p->num_in, p->num_out,
+                             &p->adapters);
     if (pass->seconds)
         pass->seconds->products += now(pass) - start;
     return failed;
@@ -89,9 +88,10 @@ static int multiply(const Projection *p, const Pass *pass) {
 
 static int adapt(const Projection *p, const Pass *pass) {
     double start = now(pass);
-    if (!p->plan)
+    if (!p->adapters.plan)
         return 0;
-    int failed = lora(p->y, p->num_out, p->x, p->num_in, p->num_in, p->bias, p->layers, p->num_layers, p->plan);
+    int failed = lora(p->y, p->num_out, p->x, p->num_in, p->num_in, p->bias, p->adapters.layers,
+                      p->adapters.num_layers, p->adapters.plan);
     if (pass->seconds)
         pass->seconds->adapters += now(pass) - start;
     return failed;

@@ -2,8 +2,6 @@
 #pragma once
 #include "vector.h"
 
-#define LINE 64 // bytes that come from memory together
-
 // xs rows x as rank rows, together 1, 2, 4 or 8 products.
 INLINE void dots(int xs, int as, const float *x, int64_t I, const T *a, float weight, float *h, int64_t ldh) {
     vec sums[8];

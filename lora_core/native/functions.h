@@ -25,6 +25,12 @@ typedef struct {
     const Extent *extents;  // [layers][num_adapters]
 } Plan;
 
+typedef struct {
+    const Layer *layers;
+    int64_t num_layers;
+    const Plan *plan; // null: no row wants an adapter
+} Adapters;
+
 // Attention of new tokens (attention.c; `server.engine.attention.native` fills these).
 
 // What is the same for all layers.
@@ -49,8 +55,9 @@ typedef struct {
 } Attention;
 
 // Each returns 0, or something else if there is no memory.
+// x [M, I] with rows `ldx` apart, bias [O] or null, y [M, O]; adapters of the product, which come next, or null.
 typedef int Product(const T *x, int64_t ldx, const void *weight, const T *scales, const T *bias, T *y, int64_t M,
-                    int64_t I, int64_t O);
+                    int64_t I, int64_t O, const Adapters *next);
 Product linear, linear_int4;
 int lora(T *y, int64_t ldy, const T *x, int64_t ldx, int64_t I, const T *base_bias, const Layer *layers,
          int64_t num_layers, const Plan *plan);

@@ -136,6 +136,6 @@ def _multiply(
     bias = None if bias is None else bias.to(dtype).contiguous()
     y = rows.new_empty(*x.shape[:-1], num_out)
     places = [None if part is None else part.data_ptr() for part in (*weights, bias, y)]
-    if function(rows.data_ptr(), rows.stride(0), *places, len(rows), x.shape[-1], num_out):
+    if function(rows.data_ptr(), rows.stride(0), *places, len(rows), x.shape[-1], num_out, None):
         raise MemoryError(f"no memory for a product of {len(rows)} rows")
     return y

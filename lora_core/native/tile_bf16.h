@@ -10,6 +10,10 @@
 
 typedef int32_t Unit; // two neighbours along the input, of 16 bits each
 #define GROUP 32
+#define X_UNITS (GROUP / 2)
+#define X_WORTHS 1
+#define W_UNITS (GROUP / 2)
+#define W_WORTHS 1
 #define BITS 12 // a group's largest number is at least 2^12
 #if VL == 16
 #define ROWS 12 // of a tile: 2 · 12 of 32 registers hold its sums
@@ -73,6 +77,8 @@ INLINE float spread(const T *x, int64_t n, Unit *out, int64_t ld) {
     memcpy(group, x, n * sizeof(T));
     return spread_group(group, out, ld);
 }
+
+INLINE void spread_input(const T *x, int64_t n, Unit *out, float *worth, int64_t ld) { *worth = spread(x, n, out, ld); }
 
 // The n numbers of the units that `spread` made, as they are multiplied; bfloat16 holds them, as it held what they were.
 static void unspread(const Unit *units, int64_t ld, float worth, int64_t n, T *out) {

@@ -4,6 +4,10 @@
 
 typedef float Unit;
 #define GROUP 16 // numbers for which a tile fetches ahead at once; nothing else goes by groups here
+#define X_UNITS GROUP
+#define X_WORTHS 0
+#define W_UNITS GROUP
+#define W_WORTHS 0
 #define ROWS MAX_TILE
 #define FOR_ROWS FOR_TILE_ROWS
 
@@ -12,6 +16,11 @@ INLINE float spread(const T *x, int64_t n, Unit *out, int64_t ld) {
     for (int64_t k = 0; k < GROUP; k++)
         out[k * ld] = k < n ? x[k] : 0;
     return 1;
+}
+
+INLINE void spread_input(const T *x, int64_t n, Unit *out, float *worth, int64_t ld) {
+    (void)worth;
+    spread(x, n, out, ld);
 }
 
 // The n numbers of the units that `spread` made.

@@ -27,6 +27,7 @@
 #define FOR_6_ROWS(CASE) FOR_5_ROWS(CASE)
 #define FOR_TILE_ROWS(CASE) FOR_5_ROWS(CASE)
 #endif
+#define LINE 64 // bytes that come from memory together
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(VL * 4)));
