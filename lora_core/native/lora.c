@@ -6,8 +6,9 @@
 #include "functions.h"
 #include "product.h"
 #include "scratch.h"
+#include <omp.h>
 
-#define CHUNK_ROWS 64  // rows that one thread takes at a time
+#define CHUNK_ROWS 64  // rows that one thread takes at a time, at most
 #define RANK_BLOCK 8   // rank rows, likewise
 #define MAX_STRIP 384  // and at most so many columns, a multiple of PANEL
 #define MIN_WORK 50000 // multiplications below which a second thread does not pay
@@ -223,16 +224,22 @@ typedef struct {
     int64_t I;
     const T *base_bias; // [ΣO] or null
     T *y;
-    int64_t ldy;
+    int64_t ldy, chunk_rows;
 } Call;
 
 INLINE int64_t blocks_of(const Extent *extent) { return (extent->rank + RANK_BLOCK - 1) / RANK_BLOCK; }
 
+// Threads get as many chunks as each other, if there are more than one.
+static int64_t chunks_of(int64_t rows) {
+    int64_t chunks = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS, threads = omp_get_max_threads();
+    return chunks > 1 ? (chunks + threads - 1) / threads * threads : 1;
+}
+
 // A group's rows that are in a chunk: [*first, *stop).
-INLINE void rows_in_chunk(const Plan *plan, int64_t group, int64_t chunk, int64_t *first, int64_t *stop) {
-    int64_t start = plan->groups[2 * group], end = plan->groups[2 * group + 2];
-    *first = start < chunk * CHUNK_ROWS ? chunk * CHUNK_ROWS : start;
-    *stop = end < (chunk + 1) * CHUNK_ROWS ? end : (chunk + 1) * CHUNK_ROWS;
+INLINE void rows_in_chunk(const Call *call, int64_t group, int64_t chunk, int64_t *first, int64_t *stop) {
+    int64_t start = call->plan->groups[2 * group], end = call->plan->groups[2 * group + 2];
+    *first = start < chunk * call->chunk_rows ? chunk * call->chunk_rows : start;
+    *stop = end < (chunk + 1) * call->chunk_rows ? end : (chunk + 1) * call->chunk_rows;
 }
 
 // One block of rank rows, counted through all layers' adapters, for the rows of a chunk that want it.
@@ -249,7 +256,7 @@ static void shrink_block(const Call *call, int64_t block, int64_t chunk) {
     const T *a = call->layers[m].a + (own->start + r) * call->I;
     const Shrunk *shrunk = call->shrunk + m;
     for (int64_t g = 0; g < plan->num_groups; g++) {
-        rows_in_chunk(plan, g, chunk, &first, &stop);
+        rows_in_chunk(call, g, chunk, &first, &stop);
         if (first >= stop)
             continue;
         float *h = shrunk->begin[g] + (first - plan->groups[2 * g]) * shrunk->width[g] + r;
@@ -269,7 +276,7 @@ static void expand_strip(const Call *call, int64_t m, int64_t column, int64_t st
     Tile tile = {.plan = plan, .layer = layer, .extents = plan->extents + m * plan->num_adapters,
                  .shrunk = call->shrunk + m, .base_bias = base_bias, .y = call->y, .ldy = call->ldy};
     for (tile.group = 0; tile.group < plan->num_groups; tile.group++) {
-        rows_in_chunk(plan, tile.group, chunk, &tile.first, &end);
+        rows_in_chunk(call, tile.group, chunk, &tile.first, &end);
         tile.has_gain = has_any(&tile, 1);
         tile.has_bias = has_any(&tile, 0);
         if (end - tile.first >= MANY_ROWS) {
@@ -313,8 +320,9 @@ static int64_t lay_out(Call *call, Shrunk *shrunk, float *h) {
 int lora(T *y, int64_t ldy, const T *x, int64_t ldx, int64_t I, const T *base_bias, const Layer *layers,
          int64_t num_layers, const Plan *plan) {
     static __thread Scratch scratch;
-    Call call = {plan, layers, num_layers, 0, 0, 0, 0, I, base_bias, y, ldy};
-    int64_t N = plan->num_rows, G = plan->num_groups, books = 2 * G + plan->num_entries, num_columns = 0;
+    int64_t N = plan->num_rows, chunks = chunks_of(N);
+    Call call = {plan, layers, num_layers, 0, 0, 0, 0, I, base_bias, y, ldy, (N + chunks - 1) / chunks};
+    int64_t G = plan->num_groups, books = 2 * G + plan->num_entries, num_columns = 0;
     int64_t num_floats = N * I + lay_out(&call, 0, 0);
     int64_t *numbers = room(&scratch, num_layers * books * sizeof(int64_t) + num_floats * sizeof(float));
     if (!numbers)
@@ -328,7 +336,6 @@ int lora(T *y, int64_t ldy, const T *x, int64_t ldx, int64_t I, const T *base_bi
     call.x = (float *)(numbers + num_layers * books);
     call.shrunk = shrunk;
     lay_out(&call, shrunk, call.x + N * I);
-    int64_t chunks = (N + CHUNK_ROWS - 1) / CHUNK_ROWS;
 #pragma omp parallel if (call.num_ranks * N * (I + num_columns) > MIN_WORK)
     {
 #pragma omp for schedule(static)
@@ -337,7 +344,7 @@ int lora(T *y, int64_t ldy, const T *x, int64_t ldx, int64_t I, const T *base_bi
                 call.x[i * I + k] = get(x + plan->rows[i] * ldx + k);
 #pragma omp for schedule(static)
         for (int64_t u = 0; u < call.num_blocks * chunks; u++)
-            shrink_block(&call, u / chunks, u % chunks);
+            shrink_block(&call, u % call.num_blocks, u / call.num_blocks);
         for (int64_t m = 0; m < num_layers; m++) {
             int64_t strip = strip_of(layers[m].num_columns);
 #pragma omp for schedule(static) collapse(2) nowait
