@@ -133,35 +133,17 @@ INLINE void multiply_panels(int rows, int panels, const Unit *x, const Unit *w, 
 
 // The same of one panel.
 #if defined(__AVX2__) && VL == 8
-// All of it is one piece of assembly, as gcc moves sums between registers and memory. Operands 2r and 2r + 1 are the
-// sums of row r; .Lk counts units.
-#define FIRST_UNIT(r, a, b)                                                                                            \
-    ".if %c[rows] > " #r "\n\t"                                                                                        \
-    "vpbroadcastd 4*" #r "(%[x]), %[pair]\n\t"                                                                        \
-    "vpmaddwd %[low], %[pair], %" #a "\n\t"                                                                           \
-    "vpmaddwd %[high], %[pair], %" #b "\n\t"                                                                          \
-    ".endif\n\t"
-#define NEXT_UNIT(r, a, b)                                                                                             \
-    ".if %c[rows] > " #r "\n\t"                                                                                        \
-    "vpbroadcastd 4*(.Lk*%c[rows]+" #r ")(%[x]), %[pair]\n\t"                                                           \
-    "vpmaddwd %[low], %[pair], %[product]\n\t"                                                                        \
-    "vpmaddwd %[high], %[pair], %[pair]\n\t"                                                                          \
-    "vpaddd %[product], %" #a ", %" #a "\n\t"                                                                         \
-    "vpaddd %[pair], %" #b ", %" #b "\n\t"                                                                            \
-    ".endif\n\t"
-#define OF_ROWS(UNIT) UNIT(0, 0, 1) UNIT(1, 2, 3) UNIT(2, 4, 5) UNIT(3, 6, 7) UNIT(4, 8, 9) UNIT(5, 10, 11)
-#define SUMS_OF(r) "=&x"(whole[r][0]), "=&x"(whole[r][1])
+#define MULTIPLY "vpmaddwd"
+#define ADD "vpaddd"
+#include "tile_assembly.h"
+#define READ_UNIT "vmovdqu 64*.Lk(%[w]), %[left]\n\tvmovdqu 64*.Lk+32(%[w]), %[right]\n\t"
 
 INLINE void multiply_panel(int rows, const Unit *x, const Unit *w, ivec whole[ROWS][8]) {
-    ivec low, high, pair, product;
-    asm("vmovdqu (%[w]), %[low]\n\tvmovdqu 32(%[w]), %[high]\n\t" OF_ROWS(FIRST_UNIT)
-        ".set .Lk, 1\n\t"
-        ".rept 15\n\t"
-        "vmovdqu 64*.Lk(%[w]), %[low]\n\tvmovdqu 64*.Lk+32(%[w]), %[high]\n\t" OF_ROWS(NEXT_UNIT)
-        ".set .Lk, .Lk+1\n\t"
-        ".endr"
-        : SUMS_OF(0), SUMS_OF(1), SUMS_OF(2), SUMS_OF(3), SUMS_OF(4), SUMS_OF(5), [low] "=&x"(low), [high] "=&x"(high),
-          [pair] "=&x"(pair), [product] "=&x"(product)
+    ivec left, right, factor, product;
+    asm(".set .Lk, 0\n\t" READ_UNIT OF_ROWS(FIRST_UNIT) NEXT
+        ".rept 15\n\t" READ_UNIT OF_ROWS(NEXT_UNIT) NEXT ".endr"
+        : SUMS_OF(0), SUMS_OF(1), SUMS_OF(2), SUMS_OF(3), SUMS_OF(4), SUMS_OF(5), [left] "=&x"(left),
+          [right] "=&x"(right), [factor] "=&x"(factor), [product] "=&x"(product)
         : [x] "r"(x), [w] "r"(w), [rows] "i"(rows), "m"(*(const Unit(*)[GROUP / 2 * rows])x),
           "m"(*(const Unit(*)[GROUP / 2 * PANEL])w));
 }

@@ -105,24 +105,10 @@ INLINE void multiply_panels(int rows, int panels, const Unit *x, const Unit *w, 
 
 // The same of one panel.
 #if defined(__AVX2__) && VL == 8 && defined(__OPTIMIZE__) // else `rows` is no constant
-// All of it is one piece of assembly, as gcc moves sums between registers and memory. Operands 2r and 2r + 1 are the
-// sums of row r; .Lk counts units of x, two of which meet one of w.
-#define FIRST_UNIT(r, a, b)                                                                                            \
-    ".if %c[rows] > " #r "\n\t"                                                                                        \
-    "vpbroadcastd 4*" #r "(%[x]), %[four]\n\t"                                                                        \
-    "vpmaddubsw %[four], %[left], %" #a "\n\t"                                                                        \
-    "vpmaddubsw %[four], %[right], %" #b "\n\t"                                                                       \
-    ".endif\n\t"
-#define NEXT_UNIT(r, a, b)                                                                                             \
-    ".if %c[rows] > " #r "\n\t"                                                                                        \
-    "vpbroadcastd 4*(.Lk*%c[rows]+" #r ")(%[x]), %[four]\n\t"                                                           \
-    "vpmaddubsw %[four], %[left], %[product]\n\t"                                                                     \
-    "vpmaddubsw %[four], %[right], %[four]\n\t"                                                                       \
-    "vpaddw %[product], %" #a ", %" #a "\n\t"                                                                         \
-    "vpaddw %[four], %" #b ", %" #b "\n\t"                                                                            \
-    ".endif\n\t"
-#define OF_ROWS(UNIT) UNIT(0, 0, 1) UNIT(1, 2, 3) UNIT(2, 4, 5) UNIT(3, 6, 7) UNIT(4, 8, 9) UNIT(5, 10, 11)
-#define SUMS_OF(r) "=&x"(whole[r][0]), "=&x"(whole[r][1])
+#define MULTIPLY "vpmaddubsw"
+#define ADD "vpaddw"
+#include "tile_assembly.h"
+// Two units of x meet one of w.
 #define LOW_CODES                                                                                                      \
     "vmovdqu %[fifteens], %[right]\n\t"                                                                                \
     "vpand 32*.Lk(%[w]), %[right], %[left]\n\t"                                                                        \
@@ -134,16 +120,15 @@ INLINE void multiply_panels(int rows, int panels, const Unit *x, const Unit *w, 
     "vpsrlw $4, %[right], %[right]\n\t"                                                                                \
     "vpand %[fifteens], %[left], %[left]\n\t"                                                                          \
     "vpand %[fifteens], %[right], %[right]\n\t"
-#define NEXT_CODES ".set .Lk, .Lk+1\n\t"
 
 INLINE void multiply_panel(int rows, const Unit *x, const Unit *w, pairs whole[ROWS][8]) {
     const codes fifteens = (codes){0} + 15;
     codes left, right;
-    pairs four, product;
-    asm(".set .Lk, 0\n\t" LOW_CODES OF_ROWS(FIRST_UNIT) NEXT_CODES HIGH_CODES OF_ROWS(NEXT_UNIT) NEXT_CODES
-        ".rept 3\n\t" LOW_CODES OF_ROWS(NEXT_UNIT) NEXT_CODES HIGH_CODES OF_ROWS(NEXT_UNIT) NEXT_CODES ".endr"
+    pairs factor, product;
+    asm(".set .Lk, 0\n\t" LOW_CODES OF_ROWS(FIRST_UNIT) NEXT HIGH_CODES OF_ROWS(NEXT_UNIT) NEXT
+        ".rept 3\n\t" LOW_CODES OF_ROWS(NEXT_UNIT) NEXT HIGH_CODES OF_ROWS(NEXT_UNIT) NEXT ".endr"
         : SUMS_OF(0), SUMS_OF(1), SUMS_OF(2), SUMS_OF(3), SUMS_OF(4), SUMS_OF(5), [left] "=&x"(left),
-          [right] "=&x"(right), [four] "=&x"(four), [product] "=&x"(product)
+          [right] "=&x"(right), [factor] "=&x"(factor), [product] "=&x"(product)
         : [x] "r"(x), [w] "r"(w), [rows] "i"(rows), [fifteens] "m"(fifteens), "m"(*(const Unit(*)[X_UNITS * rows])x),
           "m"(*(const Unit(*)[W_UNITS * PANEL])w));
 }
