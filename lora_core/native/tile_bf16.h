@@ -108,8 +108,19 @@ INLINE void add_products(ivec *sums, ivec a, ivec b) {
 #endif
 }
 
+#define MULTIPLY "vpmaddwd"
+#define ADD "vpaddd"
+#include "tile_assembly.h"
+#define READ_UNIT "vmovdqu 64*.Lk(%[w]), %[left]\n\tvmovdqu 64*.Lk+32(%[w]), %[right]\n\t"
+
 // whole [rows, 2 · panels] = the products of a group, added up.
 INLINE void multiply_panels(int rows, int panels, const Unit *x, const Unit *w, int64_t ld, ivec whole[ROWS][8]) {
+#ifdef PANEL_CODE
+    if (panels == 1) {
+        PANEL_CODE(READ_UNIT OF_ROWS(FIRST_UNIT) NEXT ".rept 15\n\t" READ_UNIT OF_ROWS(NEXT_UNIT) NEXT ".endr")
+        return;
+    }
+#endif
 #pragma GCC unroll 12
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
@@ -131,37 +142,12 @@ INLINE void multiply_panels(int rows, int panels, const Unit *x, const Unit *w, 
     }
 }
 
-// The same of one panel.
-#if defined(__AVX2__) && VL == 8
-#define MULTIPLY "vpmaddwd"
-#define ADD "vpaddd"
-#include "tile_assembly.h"
-#define READ_UNIT "vmovdqu 64*.Lk(%[w]), %[left]\n\tvmovdqu 64*.Lk+32(%[w]), %[right]\n\t"
-
-INLINE void multiply_panel(int rows, const Unit *x, const Unit *w, ivec whole[ROWS][8]) {
-    ivec left, right, factor, product;
-    asm(".set .Lk, 0\n\t" READ_UNIT OF_ROWS(FIRST_UNIT) NEXT
-        ".rept 15\n\t" READ_UNIT OF_ROWS(NEXT_UNIT) NEXT ".endr"
-        : SUMS_OF(0), SUMS_OF(1), SUMS_OF(2), SUMS_OF(3), SUMS_OF(4), SUMS_OF(5), [left] "=&x"(left),
-          [right] "=&x"(right), [factor] "=&x"(factor), [product] "=&x"(product)
-        : [x] "r"(x), [w] "r"(w), [rows] "i"(rows), "m"(*(const Unit(*)[GROUP / 2 * rows])x),
-          "m"(*(const Unit(*)[GROUP / 2 * PANEL])w));
-}
-#else
-INLINE void multiply_panel(int rows, const Unit *x, const Unit *w, ivec whole[ROWS][8]) {
-    multiply_panels(rows, 1, x, w, 0, whole);
-}
-#endif
-
 // sums [rows, 2 · panels] += the products of a group: x [GROUP / 2, rows], w [GROUP / 2, PANEL] in each panel, `ld`
 // apart; what a number is worth of each row, and of each column [PANEL], panels `ld_worth` apart.
 INLINE void add_group(int rows, int panels, vec sums[ROWS][8], const Unit *x, const float *worth_x, const Unit *w,
                       int64_t ld, const T *worth_w, int64_t ld_worth) {
     ivec whole[ROWS][8];
-    if (panels == 1)
-        multiply_panel(rows, x, w, whole);
-    else
-        multiply_panels(rows, panels, x, w, ld, whole);
+    multiply_panels(rows, panels, x, w, ld, whole);
 #pragma GCC unroll 8
     for (int c = 0; c < 2 * panels; c++) {
         vec worth = load(worth_w + c / 2 * ld_worth + c % 2 * VL);

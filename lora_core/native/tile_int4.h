@@ -76,9 +76,34 @@ INLINE vec add_pairs(pairs p) {
     return __builtin_convertvector(sums, vec);
 }
 
+#define MULTIPLY "vpmaddubsw"
+#define ADD "vpaddw"
+#include "tile_assembly.h"
+// Two units of x meet one of w.
+#define LOW_CODES                                                                                                      \
+    "vmovdqu %[fifteens], %[right]\n\t"                                                                                \
+    "vpand 32*.Lk(%[w]), %[right], %[left]\n\t"                                                                        \
+    "vpand 32*.Lk+32(%[w]), %[right], %[right]\n\t"
+#define HIGH_CODES                                                                                                     \
+    "vmovdqu 32*.Lk-32(%[w]), %[left]\n\t"                                                                             \
+    "vmovdqu 32*.Lk(%[w]), %[right]\n\t"                                                                               \
+    "vpsrlw $4, %[left], %[left]\n\t"                                                                                  \
+    "vpsrlw $4, %[right], %[right]\n\t"                                                                                \
+    "vpand %[fifteens], %[left], %[left]\n\t"                                                                          \
+    "vpand %[fifteens], %[right], %[right]\n\t"
+
 // whole [rows, 2 · panels] = a group's products, of which pairs are to be added: eight of two each, at most 8·2·15·127,
 // which 16 bits hold.
 INLINE void multiply_panels(int rows, int panels, const Unit *x, const Unit *w, int64_t ld, pairs whole[ROWS][8]) {
+#ifdef PANEL_CODE
+    if (panels == 1) {
+        const codes fifteens = (codes){0} + 15;
+        PANEL_CODE(LOW_CODES OF_ROWS(FIRST_UNIT) NEXT HIGH_CODES OF_ROWS(NEXT_UNIT) NEXT
+                   ".rept 3\n\t" LOW_CODES OF_ROWS(NEXT_UNIT) NEXT HIGH_CODES OF_ROWS(NEXT_UNIT) NEXT ".endr",
+                   [fifteens] "m"(fifteens))
+        return;
+    }
+#endif
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
@@ -103,50 +128,12 @@ INLINE void multiply_panels(int rows, int panels, const Unit *x, const Unit *w, 
     }
 }
 
-// The same of one panel.
-#if defined(__AVX2__) && VL == 8 && defined(__OPTIMIZE__) // else `rows` is no constant
-#define MULTIPLY "vpmaddubsw"
-#define ADD "vpaddw"
-#include "tile_assembly.h"
-// Two units of x meet one of w.
-#define LOW_CODES                                                                                                      \
-    "vmovdqu %[fifteens], %[right]\n\t"                                                                                \
-    "vpand 32*.Lk(%[w]), %[right], %[left]\n\t"                                                                        \
-    "vpand 32*.Lk+32(%[w]), %[right], %[right]\n\t"
-#define HIGH_CODES                                                                                                     \
-    "vmovdqu 32*.Lk-32(%[w]), %[left]\n\t"                                                                             \
-    "vmovdqu 32*.Lk(%[w]), %[right]\n\t"                                                                               \
-    "vpsrlw $4, %[left], %[left]\n\t"                                                                                  \
-    "vpsrlw $4, %[right], %[right]\n\t"                                                                                \
-    "vpand %[fifteens], %[left], %[left]\n\t"                                                                          \
-    "vpand %[fifteens], %[right], %[right]\n\t"
-
-INLINE void multiply_panel(int rows, const Unit *x, const Unit *w, pairs whole[ROWS][8]) {
-    const codes fifteens = (codes){0} + 15;
-    codes left, right;
-    pairs factor, product;
-    asm(".set .Lk, 0\n\t" LOW_CODES OF_ROWS(FIRST_UNIT) NEXT HIGH_CODES OF_ROWS(NEXT_UNIT) NEXT
-        ".rept 3\n\t" LOW_CODES OF_ROWS(NEXT_UNIT) NEXT HIGH_CODES OF_ROWS(NEXT_UNIT) NEXT ".endr"
-        : SUMS_OF(0), SUMS_OF(1), SUMS_OF(2), SUMS_OF(3), SUMS_OF(4), SUMS_OF(5), [left] "=&x"(left),
-          [right] "=&x"(right), [factor] "=&x"(factor), [product] "=&x"(product)
-        : [x] "r"(x), [w] "r"(w), [rows] "i"(rows), [fifteens] "m"(fifteens), "m"(*(const Unit(*)[X_UNITS * rows])x),
-          "m"(*(const Unit(*)[W_UNITS * PANEL])w));
-}
-#else
-INLINE void multiply_panel(int rows, const Unit *x, const Unit *w, pairs whole[ROWS][8]) {
-    multiply_panels(rows, 1, x, w, 0, whole);
-}
-#endif
-
 // sums [rows, 2 · panels] += the products of a group: x [X_UNITS, rows], w [W_UNITS, PANEL] in each panel, `ld` apart;
 // worths [X_WORTHS, rows] of x, and [W_WORTHS, PANEL] of w, panels `ld_worth` apart.
 INLINE void add_group(int rows, int panels, vec sums[ROWS][8], const Unit *x, const float *worth_x, const Unit *w,
                       int64_t ld, const T *worth_w, int64_t ld_worth) {
     pairs whole[ROWS][8];
-    if (panels == 1)
-        multiply_panel(rows, x, w, whole);
-    else
-        multiply_panels(rows, panels, x, w, ld, whole);
+    multiply_panels(rows, panels, x, w, ld, whole);
 #pragma GCC unroll 8
     for (int c = 0; c < 2 * panels; c++) {
         const T *own = worth_w + c / 2 * ld_worth + c % 2 * VL;

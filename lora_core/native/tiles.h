@@ -10,6 +10,7 @@
 #include <omp.h>
 
 #define BLOCK_ROWS 96   // rows that are spread at once, and stay in the second-level cache
+#define FEW_ROWS 3      // up to which a tile takes more panels at once
 #define MIN_WORK 100000 // multiplications below which a second thread does not pay
 
 // Of a block, tile by tile: units [I / GROUP, X_UNITS, tile's rows], worth [I / GROUP, X_WORTHS, tile's rows].
@@ -118,7 +119,7 @@ static void panels(int64_t rows, Rows x, Panels w, const T *bias, T *y, int64_t 
     for (int64_t p = first, taken; p < stop; p += taken) {
         Panels own = {w.units + p * G * W_UNITS * PANEL, w.worth + p * G * W_WORTHS * PANEL};
         // Few rows take more panels at once, so that enough sums are under way, and enough is being read.
-        taken = rows > 3 || stop - p < 2 ? 1 : rows > 1 || stop - p < 4 ? 2 : 4;
+        taken = rows > FEW_ROWS || stop - p < 2 ? 1 : rows > 1 || stop - p < 4 ? 2 : 4;
         if (taken == 4)
             tile(1, 4, x, own, bias, y, G, O, p * PANEL, 0, 0, 0);
         else if (taken == 2 && rows == 1)
@@ -160,7 +161,8 @@ INLINE int multiply(Scratch *scratch, const T *x, int64_t ldx, const void *w, co
         int64_t rows = M - start < BLOCK_ROWS ? M - start : BLOCK_ROWS, more = start + rows < M;
         int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
         int64_t first = P * thread / threads, stop = P * (thread + 1) / threads;
-        Fetch later = begin_fetch(M > BLOCK_ROWS ? 0 : next, I, thread, threads, tiles_of(rows) * G * (stop - first));
+        int is_small = M > FEW_ROWS && M <= BLOCK_ROWS; // fewer wait for memory themselves, more hardly at all
+        Fetch later = begin_fetch(is_small ? next : 0, I, thread, threads, tiles_of(rows) * G * (stop - first));
         spread_rows(x, ldx, start, rows, I, own);
         panels(rows, own, (Panels){w, worth}, bias, y + start * O, G, O, first, stop, &later);
         if (more) {
